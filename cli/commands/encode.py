@@ -1,0 +1,102 @@
+"""omniid encode: photos of one person to an identity file."""
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("photos", nargs=-1, required=True, type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="Identity file: id.pt, or a name that ends in .safetensors.")  # fmt: skip
+@click.option("--preset", default="mini", show_default=True, help="mini, paper, or a folder with trained weights.")
+@click.option("--face", type=click.IntRange(min=0), help="Which face of each photo, counted from 0 from left to right; the largest by default.")  # fmt: skip
+@click.option("--faces", "backend", default="offline", show_default=True, help="What finds the faces.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def encode(photos: tuple[str, ...], output: str, preset: str, face: int | None, backend: str, as_json: bool) -> None:
+    """\b
+    omniid encode faces/*.jpg -o id.pt
+    omniid encode folder_of_photos -o id.safetensors --json
+
+    Turns one or more photos of ONE person (files or folders) into an identity file. An existing file is replaced.
+    """
+    import warnings
+    from pathlib import Path
+
+    from omniid.faces import SeveralFacesWarning, analyzer, photos_in
+    from omniid.identity import IdentityFileError
+
+    paths = photos_in(photos)
+    if not Path(output).parent.is_dir():  # said before the work, not after it
+        raise IdentityFileError(
+            f"cannot write {output}: the folder {Path(output).parent} does not exist; make it first"
+        )
+    finder = analyzer(backend)
+
+    from tqdm import tqdm
+
+    from omniid.models.encoder import load_encoder
+
+    encoder = load_encoder(_weights_of(preset))
+    size = encoder.tower_config.image_size
+    found, crops = [], []
+    for path in tqdm(paths, desc="faces", unit="photo", disable=len(paths) < 4, leave=False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SeveralFacesWarning)
+            one = finder.analyze(path, face=face)
+        if one.note:
+            tqdm.write(one.note, file=click.get_text_stream("stderr"))
+        crops.append(finder.crop(one, size))
+        # The photo itself is no longer needed: a folder of camera photos would fill the memory.
+        found.append(_without_pixels(one))
+    identity = encoder.encode_crops(crops, found)
+    identity.save(output)
+
+    if as_json:
+        click.echo(json.dumps(_summary(output, identity, found)))
+        return
+    for one in found:
+        pose = "pose unknown" if one.pose is None else "yaw {:+.0f} pitch {:+.0f} roll {:+.0f}".format(*one.pose)
+        click.echo(f"{one.name}: {pose}, quality {one.quality:.2f}")
+    rows, columns = identity.shape
+    plural = "photo" if identity.num_images == 1 else "photos"
+    click.echo(f"{output}: {identity.num_images} {plural}, {rows} x {columns} tokens, encoder {identity.encoder[:12]}")
+
+
+def _weights_of(preset: str) -> str:
+    """The folder of a preset file, whose weights lie beside it; names and folders as they are."""
+    from pathlib import Path
+
+    return str(Path(preset).parent) if preset.endswith(".toml") else preset
+
+
+def _without_pixels(face):
+    import dataclasses
+
+    from PIL import Image
+
+    return dataclasses.replace(face, image=Image.new("RGB", (1, 1)))
+
+
+def _summary(output: str, identity, found: list) -> dict:
+    photos = [
+        {
+            "photo": one.name,
+            "sha256": one.sha256,
+            "box": [round(value, 1) for value in one.box],
+            "pose": None if one.pose is None else [round(value, 2) for value in one.pose],
+            "quality": round(one.quality, 4),
+            "num_faces": one.num_faces,
+            "face": one.index,
+            "note": one.note,
+        }
+        for one in found
+    ]
+    return {
+        "identity": output,
+        "num_images": identity.num_images,
+        "shape": list(identity.shape),
+        "encoder": identity.encoder,
+        "preset": identity.preset,
+        "created": identity.created,
+        "photos": photos,
+    }

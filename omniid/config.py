@@ -1,0 +1,314 @@
+"""Presets: dataclasses that hold every size and rate, read from TOML.
+
+A preset is a file, never a branch: `mini` and `paper` run the same code. Unknown keys are errors that name the
+nearest known key; values that cannot work together are refused when the dataclass is made.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PRESET_FOLDER = Path(__file__).parent / "presets"
+
+
+class ConfigError(ValueError):
+    """A preset file or an override that cannot be used; the text says which key and what would be right."""
+
+
+def _require(condition: bool, text: str) -> None:
+    if not condition:
+        raise ConfigError(text)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class TowerConfig:
+    """Vision tower: the sizes of a transformers `CLIPVisionModel`."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    activation: str = "gelu"
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Mean and standard deviation of RGB in 0..1 that the tower was trained with."""
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pretrained: str = ""
+    """Hub name or folder of CLIP weights to start training from; empty starts from random weights."""
+
+    def __post_init__(self) -> None:
+        _require(self.image_size % self.patch_size == 0, f"tower.image_size {self.image_size} is not a multiple of tower.patch_size {self.patch_size}")
+        _require(self.width % self.num_heads == 0, f"tower.width {self.width} is not a multiple of tower.num_heads {self.num_heads}")
+
+    @property
+    def num_tokens(self) -> int:
+        """L_x: patches and one class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class EncoderConfig:
+    """Set encoder: learnable queries, cross-attention to all photos' tokens, then self-attention (Sec. 4.1)."""
+
+    num_queries: int
+    """L, rows of the identity code."""
+    width: int
+    """C, columns of the identity code."""
+    num_heads: int
+    num_cross_blocks: int = 2
+    num_self_blocks: int = 2
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.num_heads == 0, f"encoder.width {self.width} is not a multiple of encoder.num_heads {self.num_heads}")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class DecoderConfig:
+    """Masked transformer decoder (Sec. 3.3): the encoder's architecture with a masked target's tokens as queries."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    num_heads: int
+    num_cross_blocks: int = 2
+    num_self_blocks: int = 2
+    mlp_ratio: float = 4.0
+    mask_ratio: float = 0.95
+
+    def __post_init__(self) -> None:
+        _require(self.image_size % self.patch_size == 0, f"decoder.image_size {self.image_size} is not a multiple of decoder.patch_size {self.patch_size}")
+        _require(self.width % self.num_heads == 0, f"decoder.width {self.width} is not a multiple of decoder.num_heads {self.num_heads}")
+        _require(0.0 < self.mask_ratio < 1.0, f"decoder.mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_visible(self) -> int:
+        """Patches of a target that stay visible (13 of 256 at a mask ratio of 0.95)."""
+        return max(1, round(self.num_patches * (1.0 - self.mask_ratio)))
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class BaseSizes:
+    """Sizes of a small FLUX made by `omniid train base`; a hub base brings its own."""
+
+    num_double_blocks: int
+    num_single_blocks: int
+    num_heads: int
+    head_dim: int
+    axes_dims: tuple[int, int, int]
+    t5_width: int
+    t5_layers: int
+    t5_heads: int
+    clip_width: int
+    clip_layers: int
+    clip_heads: int
+    latent_channels: int = 16
+    vae_channels: tuple[int, ...] = (32, 32, 64, 64)
+
+    def __post_init__(self) -> None:
+        _require(sum(self.axes_dims) == self.head_dim, f"base.sizes.axes_dims {self.axes_dims} must sum to head_dim {self.head_dim}")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class BaseConfig:
+    """The FLUX pipeline that draws: a diffusers folder or hub name."""
+
+    path: str
+    """Folder or hub name of a diffusers FluxPipeline; "embedded" is the folder shipped inside the package."""
+    image_size: int
+    """Width and height in pixels of training targets and of generated images by default."""
+    max_sequence_length: int
+    """T5 tokens of a prompt."""
+    num_inference_steps: int
+    guidance_scale: float
+    prompt: str = "photo of a person."
+    """The fixed prompt y of the flow-matching stage (Sec. 3.3)."""
+    sizes: BaseSizes | None = None
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class StageConfig:
+    """One training stage. Rates are pure functions of the step."""
+
+    steps: int
+    batch_identities: int
+    """Identities of a global step."""
+    num_targets: int = 8
+    """|X^r|, photos reconstructed per identity (Eq. 3)."""
+    num_inputs: tuple[int, int] = (1, 3)
+    """|X^s| is drawn uniformly from this closed range (Eq. 2)."""
+    num_validation_inputs: int = 3
+    lr: float
+    min_lr_ratio: float = 0.0
+    """The cosine ends at lr * min_lr_ratio."""
+    warmup_steps: int = 0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "bf16"
+    """fp32, or bf16 for autocast."""
+    timestep_sampling: str = "uniform"
+    """Flow matching only: uniform (paper) or logit_normal."""
+    conditioning_dropout: float = 0.0
+    """Base stage only: share of captions replaced by the empty prompt."""
+    autoencoder_steps: int = 0
+    """Base stage only: steps of the autoencoder, trained before the transformer."""
+    log_every: int = 20
+    save_every: int = 500
+    sample_every: int = 500
+    keep_checkpoints: int = 2
+    num_workers: int = 0
+    """Worker processes of the data loader; 0 decodes in the training process."""
+    max_bad_records: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        low, high = self.num_inputs
+        _require(1 <= low <= high, f"num_inputs must be a range like [1, 3], got {list(self.num_inputs)}")
+        _require(self.precision in ("fp32", "bf16"), f"precision must be fp32 or bf16, got {self.precision!r}")
+        _require(self.timestep_sampling in ("uniform", "logit_normal"), f"timestep_sampling must be uniform or logit_normal, got {self.timestep_sampling!r}")
+        for name in ("steps", "batch_identities", "num_targets", "log_every", "save_every", "sample_every"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class TrainConfig:
+    base: StageConfig
+    mtd: StageConfig
+    flow: StageConfig
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Preset:
+    """Everything that distinguishes a laptop from the paper."""
+
+    name: str
+    tower: TowerConfig
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    base: BaseConfig
+    train: TrainConfig = field(repr=False)
+
+
+def load_preset(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> Preset:
+    """Reads preset `mini`, `paper` or a TOML file; `overrides` are `dotted.key=value` with TOML values.
+
+    Raises ConfigError for an unknown preset, an unknown key (naming the nearest) or a value of the wrong type.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = PRESET_FOLDER / f"{name_or_path}.toml"
+        if not path.is_file():
+            known = sorted(p.stem for p in PRESET_FOLDER.glob("*.toml"))
+            raise ConfigError(f"unknown preset {str(name_or_path)!r}; use one of {', '.join(known)} or a path that ends in .toml")
+    if not path.is_file():
+        raise ConfigError(f"preset file {path} does not exist")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(table, override)
+    return preset_from_dict(table)
+
+
+def preset_from_dict(table: dict) -> Preset:
+    return _build(Preset, table, "")
+
+
+def preset_to_toml(preset: Preset) -> str:
+    """The preset as TOML text that `load_preset` reads back to an equal object."""
+    lines: list[str] = []
+
+    def emit(table: dict, prefix: str) -> None:
+        scalars = {k: v for k, v in table.items() if not isinstance(v, dict) and v is not None}
+        if prefix:
+            lines.append(f"\n[{prefix}]")
+        lines.extend(f"{key} = {_toml_value(value)}" for key, value in scalars.items())
+        for key, value in table.items():
+            if isinstance(value, dict):
+                emit(value, f"{prefix}.{key}" if prefix else key)
+
+    emit(dataclasses.asdict(preset), "")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
+
+
+def _apply_override(table: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set takes key=value, for example train.mtd.lr=1e-4; got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string, so that --set base.path=folder needs no quotes
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {key}: {parent!r} is a value, not a table")
+    table[last] = value
+
+
+def _build(cls: type, table: object, where: str):
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where or 'preset'} must be a table, got {table!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else f"; known keys: {', '.join(fields)}"
+            raise ConfigError(f"unknown key {_join(where, key)!r}{hint}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where or 'preset'} lacks {', '.join(missing)}")
+    values = {key: _convert(hints[key], value, _join(where, key)) for key, value in table.items()}
+    return cls(**values)
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _convert(hint: object, value: object, where: str):
+    if isinstance(hint, types.UnionType):
+        (hint,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        args = typing.get_args(hint)
+        items = list(value) if isinstance(value, (list, tuple)) else None
+        if items is None or (args[-1] is not Ellipsis and len(items) != len(args)):
+            wanted = "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
+            raise ConfigError(f"{where} must be {wanted}, got {value!r}")
+        return tuple(_convert(args[0], item, where) for item in items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be of type {hint.__name__}, got {value!r}")
+    return value

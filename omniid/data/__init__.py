@@ -1,0 +1,1 @@
+"""Identity records: reading, sampling and synthetic people."""

@@ -1,0 +1,70 @@
+"""Identity records on disk: one row of a Parquet file per person, read through Hugging Face `datasets`.
+
+Columns: `identity_id`, `images` (list of JPEG), `masks` (list of 1-bit PNG face masks), `landmarks` (image, point, xy in
+pixels), `pose` (yaw, pitch, roll in degrees per image), `quality`, `captions`, `source`, `split`.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from omniid.errors import OmniIDError
+
+COLUMNS = ("identity_id", "images", "masks", "landmarks", "pose", "quality", "captions", "source", "split")
+
+
+class RecordError(OmniIDError):
+    """A record or a folder of records that cannot be read."""
+
+
+def open_records(folder: str | Path, split: str):
+    """A random-access `datasets.Dataset` over the Parquet shards `<split>-*.parquet` of a folder.
+
+    The rows stay on disk (memory-mapped). Raises RecordError when the folder holds no such shard or lacks a column.
+    """
+    import datasets
+
+    files = sorted(str(path) for path in Path(folder).glob(f"{split}-*.parquet"))
+    if not files:
+        raise RecordError(
+            f"{folder} holds no records of split {split!r} ({split}-*.parquet); make some with: omniid data synth {folder}"
+        )
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.Dataset.from_parquet(files)
+    except Exception as error:  # pyarrow and datasets raise many kinds for a damaged shard
+        raise RecordError(f"the records in {folder} cannot be read ({error}); inspect them with: omniid data inspect {folder}") from error
+    missing = [name for name in COLUMNS if name not in rows.column_names]
+    if missing:
+        raise RecordError(f"the records in {folder} lack the columns {', '.join(missing)}")
+    if len(rows) == 0:
+        raise RecordError(f"the records in {folder} are empty")
+    return rows
+
+
+def decode_image(data: bytes, size: int) -> np.ndarray:
+    """JPEG bytes to RGB uint8 (size, size, 3). Raises RecordError for bytes that are no JPEG."""
+    import simplejpeg
+
+    try:
+        # The decoder can halve while decoding; the rest of the way is a proper resize.
+        image = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=size, min_width=size)
+    except ValueError as error:
+        raise RecordError(f"damaged JPEG ({error})") from error
+    if image.shape[:2] != (size, size):
+        image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
+    return image
+
+
+def decode_mask(data: bytes, size: int) -> np.ndarray:
+    """PNG bytes to a face mask, bool (size, size). Raises RecordError for bytes that are no image."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mask = image.convert("L")
+            if mask.size != (size, size):
+                mask = mask.resize((size, size), Image.Resampling.BOX)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RecordError(f"damaged mask ({error})") from error
+    return np.asarray(mask) > 127

@@ -1,0 +1,69 @@
+"""Alignment of a face: three points onto a fixed template by a similarity.
+
+Coordinates are pixels with y down; pixel centres lie at .5, so the unit square of the template is the whole crop.
+"""
+
+import numpy as np
+from PIL import Image
+
+TEMPLATE = np.array([[0.345, 0.42], [0.655, 0.42], [0.50, 0.635]], dtype=np.float64)
+"""(3, 2) in the unit square: the person's right eye centre (image left), left eye centre, nose base."""
+
+
+def similarity_to_template(points: np.ndarray, size: int) -> np.ndarray:
+    """The (2, 3) matrix of the similarity (scale, rotation, shift) that takes points onto the template, least squares.
+
+    points (3, 2): right eye centre, left eye centre, nose base in pixels of the source; `size` is the side of the crop
+    in pixels. Raises ValueError for another shape, values that are not finite, or points that coincide.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    if points.shape != (3, 2):
+        raise ValueError(f"points has shape {points.shape}, expected (3, 2): right eye, left eye, nose base")
+    if not np.isfinite(points).all():
+        raise ValueError("points holds values that are not finite")
+    if size < 1:
+        raise ValueError(f"size is {size}, expected at least 1 pixel")
+    target = TEMPLATE * size
+    # As complex numbers a similarity is z -> a z + b, and least squares is one line (no reflections can occur).
+    source_z = points[:, 0] + 1j * points[:, 1]
+    target_z = target[:, 0] + 1j * target[:, 1]
+    centred = source_z - source_z.mean()
+    spread = np.vdot(centred, centred).real
+    if spread < 1e-12 * max(1.0, np.abs(source_z).max() ** 2):
+        raise ValueError("the three points coincide; no similarity is defined")
+    a = np.vdot(centred, target_z - target_z.mean()) / spread
+    b = target_z.mean() - a * source_z.mean()
+    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+
+
+def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points (..., 2) moved by a (2, 3) affine matrix."""
+    return np.asarray(points) @ matrix[:, :2].T + matrix[:, 2]
+
+
+def warp(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
+    """The (size, size) crop whose pixel M p shows the image's point p, anti-aliased; outside the image it is black.
+
+    image uint8 (H, W, 3) or (H, W); matrix (2, 3) from source to crop. When the crop is coarser than the source, the
+    source is first reduced by a whole factor with a box filter, so that no pixel is skipped.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise ValueError(f"image is {image.dtype} of shape {image.shape}, expected uint8 (H, W) or (H, W, 3)")
+    matrix = np.asarray(matrix, dtype=np.float64)
+    if matrix.shape != (2, 3) or not np.isfinite(matrix).all():
+        raise ValueError(f"matrix has shape {matrix.shape}, expected a finite (2, 3)")
+    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
+    if scale == 0:
+        raise ValueError("the matrix shrinks the image to nothing")
+    picture = Image.fromarray(image)
+    # reduce() keeps pixel edges: source coordinate p becomes p / factor.
+    factor = max(1, min(int(np.floor(1 / scale)), *picture.size))
+    if factor > 1:
+        picture = picture.reduce(factor)
+    full = np.vstack([matrix, [0, 0, 1]]) @ np.diag([factor, factor, 1.0])
+    inverse = np.linalg.inv(full)
+    # PIL's affine transform maps output pixel centres (x + .5, y + .5) to input coordinates in the same convention.
+    coefficients = tuple(inverse[:2].ravel())
+    warped = picture.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+    return np.asarray(warped)

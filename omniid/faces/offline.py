@@ -1,0 +1,322 @@
+"""Face backend `offline`: dlib's detector, five-point predictor and recogniser, all from package registries.
+
+The models are the CC0 files of the package face_recognition_models. Its 68-point predictor is not used: that file's
+training data forbids commercial use. Yaw, pitch and quality are estimates from five points and the crop; a production
+backend measures them.
+"""
+
+import importlib.util
+import math
+import threading
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .align import apply, similarity_to_template, warp
+from .face import Face, FaceAnalyzer, FaceError, SeveralFacesWarning
+from .photo import Photo, open_photo
+
+# dlib's mean face in the unit square before padding: outer and inner corner of the person's left eye, of the right
+# eye, and the nose base. Its 150 px chip adds a padding of 0.25 on every side.
+_DLIB_MEAN = np.array(
+    [
+        [0.8595674595992, 0.2134981538014],
+        [0.6460604764104, 0.2289674387677],
+        [0.1205750620789, 0.2137274526848],
+        [0.3340850613712, 0.2290642403242],
+        [0.4901123135679, 0.6277975316475],
+    ]
+)
+_CHIP_SIZE, _CHIP_PADDING = 150, 0.25
+_BATCH = 32  # chips the recogniser takes at once; more only costs memory
+
+_COARSE_SIDE = 320  # a pass costs 5 ms and finds faces of a quarter of the photo's side
+_FINE_SIDE = 1280  # a pass costs 70 ms and finds faces of 80 px where the photo has them
+_POINTS_FACE_SIZE = 300  # px; the point predictor gains nothing from more
+# A weak detection beside a strong one is a pattern, not a face.
+_MIN_SCORE, _MIN_SCORE_RATIO = 0.15, 0.25
+# Turned views find more patterns that only look like faces.
+_MIN_TURNED_SCORE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A way of looking at the photo: longer side in pixels, in-plane turn in degrees, border as a share of the side."""
+
+    side: int
+    degrees: float = 0.0
+    border: float = 0.0
+
+
+# Tried in this order until one shows a face. The border serves photos that a face fills from edge to edge.
+_LADDER = (
+    _View(_COARSE_SIDE),
+    _View(640),
+    _View(_FINE_SIDE),
+    _View(480, border=0.5),
+    *(_View(640, degrees) for degrees in (-22.5, 22.5, -45.0, 45.0, -90.0, 90.0)),
+)
+_ENUMERATION = (_View(_FINE_SIDE), _View(640), _View(_COARSE_SIDE))
+
+
+@dataclass(frozen=True, slots=True)
+class _Detection:
+    corners: np.ndarray
+    """(4, 2) of the upright box in its view, in pixels of the photo, from the top left one clockwise."""
+    score: float
+    degrees: float
+
+    @property
+    def size(self) -> float:
+        return float(np.linalg.norm(self.corners[1] - self.corners[0]))
+
+    @property
+    def centre(self) -> np.ndarray:
+        return self.corners.mean(0)
+
+
+class OfflineAnalyzer(FaceAnalyzer):
+    """dlib on the CPU. One call at a time per model: dlib's objects keep scratch memory."""
+
+    def __init__(self) -> None:
+        dlib, folder = _load_dlib()
+        self._dlib = dlib
+        self._detector = dlib.get_frontal_face_detector()
+        self._predictor = dlib.shape_predictor(str(folder / "shape_predictor_5_face_landmarks.dat"))
+        self._recogniser_path = folder / "dlib_face_recognition_resnet_model_v1.dat"
+        self._recogniser = None  # 22 MB that encoding does not need
+        self._lock = threading.Lock()
+
+    # Finding -----------------------------------------------------------------------------------------------------
+
+    def analyze(self, image: Image.Image | str | Path, face: int | None = None) -> Face:
+        photo = open_photo(image)
+        gray = _Gray(photo.image)
+        found = self._first_faces(gray)
+        # The quick pass sees large faces only. With several of them, or a choice to make, all are listed, so that
+        # the numbers in the message and in `face` mean the same.
+        if found and (len(found) > 1 or face is not None):
+            found = self._all_faces(gray, found)
+        if not found:
+            raise FaceError(
+                f"no face found in {photo.name}; give a photo in which the face is large, sharp and upright"
+            )
+        found.sort(key=lambda detection: detection.centre[0])
+        index, note = _choose(found, face, photo.name)
+        if note is not None:
+            warnings.warn(note, SeveralFacesWarning, stacklevel=2)
+        return self._describe(photo, gray, found[index], len(found), index, note)
+
+    def _first_faces(self, gray: "_Gray") -> list[_Detection]:
+        for view in _LADDER:
+            found = self._detect(gray, view)
+            if found:
+                return found
+        return []
+
+    def _all_faces(self, gray: "_Gray", known: list[_Detection]) -> list[_Detection]:
+        candidates = [*known, *(one for view in _ENUMERATION for one in self._detect(gray, view))]
+        return _distinct(candidates)
+
+    def _detect(self, gray: "_Gray", view: _View) -> list[_Detection]:
+        pixels, to_photo = gray.look(view)
+        with self._lock:
+            rectangles, scores, _ = self._detector.run(pixels, 0, 0.0)
+        found = []
+        for rectangle, score in zip(rectangles, scores, strict=True):
+            left, top = rectangle.left(), rectangle.top()
+            right, bottom = rectangle.right() + 1, rectangle.bottom() + 1
+            corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float64)
+            found.append(_Detection(apply(to_photo, corners), score, view.degrees))
+        found = [one for one in found if one.score >= (_MIN_TURNED_SCORE if view.degrees else _MIN_SCORE)]
+        return _distinct(found)
+
+    def _describe(
+        self, photo: Photo, gray: "_Gray", found: _Detection, count: int, index: int, note: str | None
+    ) -> Face:
+        five = self._five_points(gray, found)
+        points = np.stack([five[2:4].mean(0), five[0:2].mean(0), five[4]])
+        corners = found.corners
+        box = (*corners.min(0).tolist(), *corners.max(0).tolist())
+        face = Face(
+            box=box,
+            points=points,
+            quality=0.0,
+            pose=_pose(points),
+            sha256=photo.sha256,
+            name=photo.name,
+            image=photo.image,
+            num_faces=count,
+            index=index,
+            note=note,
+        )
+        return replace(face, quality=_quality(face, self.crop(face, _QUALITY_SIZE)))
+
+    def _five_points(self, gray: "_Gray", found: _Detection) -> np.ndarray:
+        """(5, 2) in dlib's order, in pixels of the photo."""
+        side = min(1.0, _POINTS_FACE_SIZE / found.size) * max(gray.photo_size)
+        pixels, to_photo = gray.look(_View(max(1, round(side)), found.degrees))
+        inside = apply(_invert(to_photo), found.corners)
+        left, top, right, bottom = (round(float(v)) for v in (*inside.min(0), *inside.max(0)))
+        with self._lock:
+            shape = self._predictor(pixels, self._dlib.rectangle(left, top, right - 1, bottom - 1))
+        # dlib counts pixel centres from 0; here, as in align.py, they lie at .5.
+        five = np.array([[part.x + 0.5, part.y + 0.5] for part in shape.parts()], np.float64)
+        return apply(to_photo, five)
+
+    # Recognising -------------------------------------------------------------------------------------------------
+
+    def descriptors(self, crops: list[np.ndarray] | np.ndarray) -> np.ndarray:
+        chips = [_chip(np.asarray(crop)) for crop in crops]
+        if not chips:
+            return np.zeros((0, 128), np.float32)
+        with self._lock:
+            if self._recogniser is None:
+                self._recogniser = self._dlib.face_recognition_model_v1(str(self._recogniser_path))
+            batches = [chips[start : start + _BATCH] for start in range(0, len(chips), _BATCH)]
+            found = [np.asarray(one) for batch in batches for one in self._recogniser.compute_face_descriptor(batch)]
+        return np.stack(found).astype(np.float32)
+
+
+def _load_dlib() -> tuple[object, Path]:
+    try:
+        import dlib
+    except ImportError as error:
+        raise FaceError("the face backend 'offline' needs dlib; install it with: pip install dlib-bin") from error
+    # Located, not imported: the package's __init__ needs pkg_resources, which new setuptools no longer have.
+    spec = importlib.util.find_spec("face_recognition_models")
+    if spec is None or not spec.submodule_search_locations:
+        raise FaceError(
+            "the face backend 'offline' needs the model files of face_recognition_models; "
+            "install them with: pip install face_recognition_models"
+        )
+    return dlib, Path(next(iter(spec.submodule_search_locations))) / "models"
+
+
+def _choose(found: list[_Detection], face: int | None, name: str) -> tuple[int, str | None]:
+    if face is None:
+        largest = max(range(len(found)), key=lambda i: found[i].size)
+        if len(found) == 1:
+            return largest, None
+        return largest, (
+            f"{name} shows {len(found)} faces; the largest was taken, number {largest} from the left counting from 0; "
+            "choose another with --face N"
+        )
+    if not 0 <= face < len(found):
+        shows = "1 face" if len(found) == 1 else f"{len(found)} faces"
+        raise FaceError(f"{name} shows {shows}, so --face must lie between 0 and {len(found) - 1}; got {face}")
+    return face, None
+
+
+def _distinct(candidates: list[_Detection]) -> list[_Detection]:
+    """Without repeats and without weak detections beside strong ones."""
+    kept: list[_Detection] = []
+    for one in sorted(candidates, key=lambda detection: -detection.score):
+        is_weak = kept and one.score < _MIN_SCORE_RATIO * kept[0].score
+        # Two boxes on one face have near centres whatever their sizes are.
+        is_repeat = any(np.linalg.norm(one.centre - other.centre) < 0.5 * max(one.size, other.size) for other in kept)
+        if not is_weak and not is_repeat:
+            kept.append(one)
+    return kept
+
+
+# Views ---------------------------------------------------------------------------------------------------------------
+
+
+class _Gray:
+    """The photo in gray, no larger than detection needs, seen at any scale and turn."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.photo_size = image.size
+        shrink = min(1.0, 2 * _FINE_SIDE / max(image.size))
+        size = tuple(max(1, round(side * shrink)) for side in image.size)
+        gray = image.convert("L")
+        self._image = gray if size == image.size else gray.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        self._scale = np.array(image.size) / np.array(size)
+
+    def look(self, view: _View) -> tuple[np.ndarray, np.ndarray]:
+        """The view's pixels, uint8 (H, W), and the (2, 3) affine map from them to pixels of the photo."""
+        image = self._image
+        scale = view.side / max(self.photo_size)
+        size = tuple(max(1, round(side * scale)) for side in self.photo_size)
+        if size != image.size:
+            image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        per_axis = np.array(self.photo_size) / np.array(size)
+        if view.border:
+            margin = round(view.border * max(size))
+            pixels = np.pad(np.asarray(image), margin, mode="edge")
+            return pixels, np.column_stack([np.diag(per_axis), -margin * per_axis])
+        if not view.degrees:
+            return np.ascontiguousarray(image), np.column_stack([np.diag(per_axis), np.zeros(2)])
+        radians = math.radians(view.degrees)
+        cos, sin = math.cos(radians), math.sin(radians)
+        turned = math.ceil(abs(cos) * size[0] + abs(sin) * size[1]), math.ceil(abs(sin) * size[0] + abs(cos) * size[1])
+        rotation = np.array([[cos, -sin], [sin, cos]])
+        offset = np.array(size) / 2 - rotation @ (np.array(turned) / 2)
+        matrix = np.column_stack([rotation, offset])  # view to upright, in pixels of this scale
+        fill = int(np.asarray(image).mean())
+        pixels = image.transform(
+            turned, Image.Transform.AFFINE, matrix.ravel().tolist(), Image.Resampling.BILINEAR, fillcolor=fill
+        )
+        return np.ascontiguousarray(pixels), per_axis[:, None] * matrix
+
+
+def _invert(matrix: np.ndarray) -> np.ndarray:
+    inverse = np.linalg.inv(matrix[:, :2])
+    return np.column_stack([inverse, -inverse @ matrix[:, 2]])
+
+
+# Chip, pose, quality -------------------------------------------------------------------------------------------------
+
+
+def _chip(crop: np.ndarray) -> np.ndarray:
+    """uint8 (150, 150, 3): dlib's chip cut from an aligned crop, uint8 (H, H, 3)."""
+    if crop.dtype != np.uint8 or crop.ndim != 3 or crop.shape[2] != 3 or crop.shape[0] != crop.shape[1]:
+        raise ValueError(f"a crop must be uint8 (H, H, 3), got {crop.dtype} {crop.shape}")
+    padded = (_DLIB_MEAN + _CHIP_PADDING) / (1 + 2 * _CHIP_PADDING) * _CHIP_SIZE + 0.5
+    in_chip = np.stack([padded[2:4].mean(0), padded[0:2].mean(0), padded[4]])
+    # Where dlib's mean face lies in a crop, seen from its chip; the chip is that map undone.
+    to_crop = similarity_to_template(in_chip, crop.shape[0])
+    return np.ascontiguousarray(warp(crop, _invert(to_crop), _CHIP_SIZE))
+
+
+# Of a frontal face in units of the distance between the eye centres: drop of the nose base below the eyes, and how far
+# it lies in front of them.
+_NOSE_DROP, _NOSE_DEPTH = 0.70, 0.45
+
+
+def _pose(points: np.ndarray) -> tuple[float, float, float]:
+    """Yaw, pitch, roll in degrees from eye centres and nose base, as if every face had the same proportions.
+
+    People's proportions differ, so expect errors of about 10 degrees in pitch and 5 in yaw.
+    """
+    right_eye, left_eye, nose = points[:3]
+    across = left_eye - right_eye
+    roll = math.atan2(across[1], across[0])
+    cos, sin = math.cos(-roll), math.sin(-roll)
+    x, y = np.array([[cos, -sin], [sin, cos]]) @ (nose - (right_eye + left_eye) / 2)
+    seen = max(float(np.hypot(*across)), 1e-6)  # eye distance times cos(yaw)
+    yaw = math.atan(x / (_NOSE_DEPTH * seen))
+    distance = seen / math.cos(yaw)
+    # y / distance = drop cos(pitch) - depth cos(yaw) sin(pitch): looking up lifts the nose.
+    depth = _NOSE_DEPTH * math.cos(yaw)
+    length = math.hypot(_NOSE_DROP, depth)
+    pitch = math.acos(max(-1.0, min(1.0, y / distance / length))) - math.atan2(depth, _NOSE_DROP)
+    return math.degrees(yaw), math.degrees(pitch), math.degrees(roll)
+
+
+_QUALITY_SIZE = 128
+_FULL_EYE_DISTANCE = 40.0  # px in the photo: what TEMPLATE gives a crop of 128 px
+_HALF_SHARPNESS = 100.0  # variance of the Laplacian of gray in 0..255
+
+
+def _quality(face: Face, crop: np.ndarray) -> float:
+    """sharpness x size: v / (v + 100), v the variance of the crop's Laplacian at 128 px; eye distance / 40 px up to 1."""
+    gray = crop.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    laplacian = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:] - 4 * gray[1:-1, 1:-1]
+    variance = float(laplacian.var())
+    eye_distance = float(np.linalg.norm(face.points[1] - face.points[0]))
+    return variance / (variance + _HALF_SHARPNESS) * min(1.0, eye_distance / _FULL_EYE_DISTANCE)

@@ -1,0 +1,1 @@
+"""Networks: the identity encoder, its decoders and the adapter for FLUX."""

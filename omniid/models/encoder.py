@@ -1,0 +1,232 @@
+"""The identity encoder: any number of photos of one person to one fixed-size code (Sec. 3.1, 4.1; Eq. 1).
+
+`l = E({x_1, ..., x_M})`: a CLIP vision tower turns each photo into L_x tokens, the tokens of all photos are
+concatenated, and L learnable queries read them through cross-attention blocks followed by self-attention blocks.
+Photos carry no index, so the code does not depend on their order.
+Shapes: B identities, N photos in all, M photos of one identity, L_x tokens a photo, L queries, C width.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AttentionInterface, CLIPVisionConfig, CLIPVisionModel
+
+from omniid.config import EncoderConfig, Preset, TowerConfig, load_preset
+from omniid.errors import OmniIDError
+from omniid.files import atomic_path
+from omniid.kernels.dense_attention import dense_attention
+from omniid.kernels.varlen_cross_attention import varlen_cross_attention
+from omniid.models.transformer import CrossBlock, SelfBlock, init_linear
+
+ATTENTION = "omniid"
+
+
+def _tower_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **unused):
+    """transformers' attention hook: q, k, v (N, H, L_x, D) without mask or dropout, to (N, L_x, H, D)."""
+    if attention_mask is not None or dropout:
+        raise ValueError("the vision tower runs without attention mask and dropout")
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return dense_attention(q, k, v, scale=scaling), None
+
+
+AttentionInterface.register(ATTENTION, _tower_attention)
+
+
+class OmniIDEncoder(nn.Module):
+    """Photos to identity codes."""
+
+    def __init__(self, tower: TowerConfig, encoder: EncoderConfig, preset_name: str = ""):
+        super().__init__()
+        self.tower_config, self.config, self.preset_name = tower, encoder, preset_name
+        self.tower = build_tower(tower)
+        self.queries = nn.Parameter(torch.randn(encoder.num_queries, encoder.width) * 0.02)
+        self.cross_blocks = nn.ModuleList(
+            CrossBlock(encoder.width, tower.width, encoder.num_heads, encoder.mlp_ratio)
+            for _ in range(encoder.num_cross_blocks)
+        )
+        self.self_blocks = nn.ModuleList(
+            SelfBlock(encoder.width, encoder.num_heads, encoder.mlp_ratio) for _ in range(encoder.num_self_blocks)
+        )
+        self.norm = nn.LayerNorm(encoder.width)
+        self.cross_blocks.apply(init_linear)
+        self.self_blocks.apply(init_linear)
+        # Photos arrive in [-1, 1]; the tower wants ((x + 1) / 2 - mean) / std = x * gain + shift.
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (tower.image_mean, tower.image_std))
+        self.register_buffer("image_gain", 0.5 / std, persistent=False)
+        self.register_buffer("image_shift", (0.5 - mean) / std, persistent=False)
+
+    @classmethod
+    def from_preset(cls, preset: Preset) -> "OmniIDEncoder":
+        """An untrained encoder of the preset's sizes; its tower starts from CLIP weights where the preset names them."""
+        encoder = cls(preset.tower, preset.encoder, preset.name)
+        if preset.tower.pretrained:
+            encoder.tower = CLIPVisionModel.from_pretrained(
+                preset.tower.pretrained, attn_implementation=ATTENTION
+            )
+        return encoder
+
+    def photo_tokens(self, images: Tensor) -> Tensor:
+        """f(x): images (N, 3, H, W) in [-1, 1] to the tower's final tokens (N, L_x, C_tower)."""
+        size = self.tower_config.image_size
+        if images.dim() != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images must be (N, 3, {size}, {size}), got {tuple(images.shape)}; check tower.image_size")
+        hidden = self.tower(images * self.image_gain + self.image_shift).last_hidden_state
+        return _post_layernorm(self.tower)(hidden)
+
+    def combine(self, photo_tokens: Tensor, cu_images: Tensor) -> Tensor:
+        """Codes (B, L, C) from the tokens (N, L_x, C_tower) of packed photos; identity b owns photos cu_images[b:b+2]."""
+        num_photos, num_tokens = photo_tokens.shape[:2]
+        context = photo_tokens.flatten(0, 1)  # z (N * L_x, C_tower)
+        cu_tokens = cu_images * num_tokens
+        if cu_images[-1] != num_photos:
+            raise ValueError(f"cu_images ends at {int(cu_images[-1])} but there are {num_photos} photos")
+        x = self.queries  # (L, C), the same for every identity until the first block has read the photos
+        for block in self.cross_blocks:
+            keys, values = block.keys_values(context)
+            x = block.finish(x, varlen_cross_attention(block.queries(x), keys, values, cu_tokens))  # (B, L, C)
+        for block in self.self_blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, images: Tensor, cu_images: Tensor) -> Tensor:
+        """Codes l (B, L, C) of packed photo sets (Eq. 1).
+
+        images: (N, 3, H, W) in [-1, 1], all identities' photos one after another. cu_images: (B + 1) int32.
+        """
+        return self.combine(self.photo_tokens(images), cu_images)
+
+    @torch.no_grad()
+    def attention_to_photos(self, images: Tensor) -> Tensor:
+        """Attention (L, M, L_x) of each query over the tokens of one person's photos in the last cross block.
+
+        images: (M, 3, H, W) in [-1, 1]. Averaged over heads; each query's row sums to 1 over photos and tokens.
+        """
+        tokens = self.photo_tokens(images)
+        context, cu = tokens.flatten(0, 1), torch.tensor([0, tokens.shape[0] * tokens.shape[1]], dtype=torch.int32)
+        x = self.queries
+        for block in self.cross_blocks:
+            keys, values = block.keys_values(context)
+            queries = block.queries(x)
+            weights = torch.einsum("...lhd,shd->...hls", queries, keys) * queries.shape[-1] ** -0.5
+            x = block.finish(x, varlen_cross_attention(queries, keys, values, cu))
+        weights = weights.reshape(-1, *weights.shape[-2:]).softmax(-1).mean(0)  # (L, M * L_x)
+        return weights.unflatten(-1, tokens.shape[:2])
+
+    def fingerprint(self) -> str:
+        """sha256 over parameter names and bytes (in fp32, so that a copy in another precision still differs)."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def encode(self, photos: Sequence[object], faces: str = "offline", face: int | None = None):
+        """The `Identity` of one person from photos (paths or PIL images): detect, crop, encode.
+
+        faces: the backend that finds faces. face: which face of each photo, left to right; None takes the largest.
+        Raises FaceError naming the photo in which no face is found, OmniIDError for an empty list.
+        """
+        from omniid.faces import analyzer
+
+        if not photos:
+            raise OmniIDError("no photos to encode; name at least one image file or a folder with images")
+        finder = analyzer(faces)
+        found = [finder.analyze(photo, face=face) for photo in photos]
+        crops = [finder.crop(one, self.tower_config.image_size) for one in found]
+        return self.encode_crops(crops, found)
+
+    @torch.inference_mode()
+    def encode_crops(self, crops: Sequence[object], faces: Sequence[object] = ()):
+        """The `Identity` of one person from aligned crops, each uint8 (H, W, 3) of the tower's size.
+
+        faces: the `Face` of each crop, for the file's provenance; empty when the crops come from elsewhere.
+        """
+        from omniid.identity import Identity, PhotoRecord
+
+        device = self.queries.device
+        images = torch.stack([torch.as_tensor(crop).permute(2, 0, 1) for crop in crops]).to(device).float() / 127.5 - 1
+        tokens = self(images, torch.tensor([0, len(images)], dtype=torch.int32, device=device))[0]
+        return Identity(
+            tokens=tokens.float().cpu().clone(),
+            encoder=self.fingerprint(),
+            preset=self.preset_name,
+            num_images=len(images),
+            photos=[PhotoRecord(sha256=one.sha256, pose=one.pose, quality=one.quality) for one in faces],
+        )
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Writes weights and sizes as one safetensors file."""
+        save_weights(self, path, {"preset": self.preset_name}, dtype)
+
+
+def build_tower(config: TowerConfig) -> CLIPVisionModel:
+    """A CLIP vision tower with random weights of the given sizes."""
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=config.width,
+            intermediate_size=config.mlp_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            hidden_act=config.activation,
+            attn_implementation=ATTENTION,
+        )
+    )
+
+
+def load_encoder(source: str | Path = "mini") -> OmniIDEncoder:
+    """A trained encoder in eval mode: a preset with shipped weights, or a folder that training exported.
+
+    Raises OmniIDError where no trained weights are found.
+    """
+    from omniid.weights import weights_folder
+
+    folder = weights_folder(source)
+    preset = load_preset(folder / "preset.toml")
+    encoder = OmniIDEncoder(preset.tower, preset.encoder, preset.name)
+    load_weights(encoder, folder / "encoder.safetensors")
+    return encoder.eval()
+
+
+def save_weights(module: nn.Module, path: str | Path, metadata: dict, dtype: torch.dtype) -> None:
+    """Atomically writes a module's state as safetensors; floating tensors in `dtype`, metadata as JSON strings."""
+    state = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in module.state_dict().items()
+    }
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+
+
+def load_weights(module: nn.Module, path: str | Path) -> dict:
+    """Fills a module from a safetensors file, keeping the module's dtype, and returns the file's metadata.
+
+    Raises OmniIDError when the file is missing, damaged or of other sizes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OmniIDError(f"weights file {path} does not exist; train it or name another folder")
+    try:
+        with safe_open(path, "pt") as handle:
+            state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+            metadata = {key: json.loads(value) for key, value in (handle.metadata() or {}).items()}
+    except Exception as error:  # safetensors raises its own error type for every kind of damage
+        raise OmniIDError(f"weights file {path} cannot be read ({error}); fetch or export it again") from error
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise OmniIDError(f"weights in {path} do not fit the preset's sizes: {error}") from error
+    return metadata
+
+
+def _post_layernorm(tower: CLIPVisionModel) -> nn.Module:
+    # transformers moved the tower's parts up one level between releases.
+    return getattr(tower, "vision_model", tower).post_layernorm

@@ -1,0 +1,185 @@
+"""What depends on FLUX.1: loading a pipeline, latents as tokens, and the layout of the transformer's blocks.
+
+Another base (FLUX.2) is another file like this one; nothing else in the package knows how a FLUX block is built.
+Shapes: B pictures, C latent channels, h x w latents, L_img = h / 2 * w / 2 image tokens, L_txt text tokens.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from omniid.errors import OmniIDError
+
+PIXELS_PER_TOKEN = 16
+"""Side of the square of pixels that one image token stands for: 8x from the autoencoder, 2x from packing."""
+
+
+@dataclass(frozen=True, slots=True)
+class FluxLayout:
+    """The sizes of a transformer that an identity adapter has to match."""
+
+    num_double_blocks: int
+    num_single_blocks: int
+    num_heads: int
+    head_dim: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_double_blocks + self.num_single_blocks
+
+
+def layout_of(transformer: nn.Module) -> FluxLayout:
+    """The layout of a diffusers `FluxTransformer2DModel`."""
+    config = transformer.config
+    return FluxLayout(
+        num_double_blocks=config.num_layers,
+        num_single_blocks=config.num_single_layers,
+        num_heads=config.num_attention_heads,
+        head_dim=config.attention_head_dim,
+    )
+
+
+def attention_modules(transformer: nn.Module) -> list[nn.Module]:
+    """The attention of every block in the order of the forward pass: double blocks, then single blocks."""
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    return [block.attn for block in blocks]
+
+
+def load_base(path: str | Path, dtype: torch.dtype = torch.float32):
+    """A diffusers `FluxPipeline` from a folder or hub name, without progress bars.
+
+    Raises OmniIDError when it cannot be loaded.
+    """
+    from diffusers import FluxPipeline
+
+    try:
+        with _quiet_loading():
+            pipeline = FluxPipeline.from_pretrained(path, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OmniIDError(
+            f"the base model {str(path)!r} cannot be loaded ({reason}); "
+            "name a diffusers FluxPipeline folder or a hub name that this machine can reach"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bars, nor the remark that the mini base's autoencoder is of another class than FLUX.1's."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    verbosity = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.set_verbosity(logging.ERROR)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity[0])
+        transformers_logging.set_verbosity(verbosity[1])
+        if bars[0]:
+            diffusers_logging.enable_progress_bar()
+        if bars[1]:
+            transformers_logging.enable_progress_bar()
+
+
+def encode_images(vae: nn.Module, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] to normalised latents (B, C, H / 8, W / 8) as the transformer sees them.
+
+    A variational autoencoder gives its mean.
+    """
+    encoded = vae.encode(images)
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """The inverse of `encode_images`, clamped to [-1, 1]."""
+    images = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+    return images.float().clamp(-1, 1)
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) to tokens (B, h / 2 * w / 2, 4 C) of 2 x 2 latents."""
+    batch, channels, height, width = latents.shape
+    squares = latents.view(batch, channels, height // 2, 2, width // 2, 2)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), 4 * channels)
+
+
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack_latents` for latents of `height` x `width`."""
+    batch, _, size = tokens.shape
+    squares = tokens.view(batch, height // 2, width // 2, size // 4, 2, 2)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, size // 4, height, width)
+
+
+def image_ids(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Positions (L_img, 3) of the tokens of latents of `height` x `width`: zero, row, column."""
+    rows = torch.arange(height // 2, dtype=torch.float32, device=device)
+    columns = torch.arange(width // 2, dtype=torch.float32, device=device)
+    grid = torch.zeros(len(rows), len(columns), 3, device=device)
+    grid[..., 1] = rows[:, None]
+    grid[..., 2] = columns[None, :]
+    return grid.flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TextEmbedding:
+    """What FLUX reads of a prompt: T5's tokens (B, L_txt, D) and CLIP's pooled vector (B, D_pooled)."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+    def expand(self, batch: int) -> "TextEmbedding":
+        """One prompt's embedding for every picture of a batch, without a copy."""
+        return TextEmbedding(self.tokens.expand(batch, -1, -1), self.pooled.expand(batch, -1))
+
+    def to(self, device: torch.device) -> "TextEmbedding":
+        return TextEmbedding(self.tokens.to(device), self.pooled.to(device))
+
+
+def embed_text(pipeline, prompts: list[str], max_sequence_length: int) -> TextEmbedding:
+    """Embeds prompts with the pipeline's text encoders as `FluxPipeline.encode_prompt` does, with gradients.
+
+    T5 sees its padding too: FLUX gives it no attention mask.
+    """
+
+    def ids(tokenizer, length: int, device: torch.device) -> Tensor:
+        padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return padded.input_ids.to(device)
+
+    clip, t5 = pipeline.text_encoder, pipeline.text_encoder_2
+    pooled = clip(ids(pipeline.tokenizer, pipeline.tokenizer_max_length, clip.device)).pooler_output
+    tokens = t5(ids(pipeline.tokenizer_2, max_sequence_length, t5.device))[0]
+    return TextEmbedding(tokens, pooled)
+
+
+def predict_velocity(
+    transformer: nn.Module, latents: Tensor, time: Tensor, text: TextEmbedding, guidance: Tensor
+) -> Tensor:
+    """V(x_t, t, y) with FLUX's conventions: latents (B, C, h, w) in, velocity eps - x of the same shape out.
+
+    time: (B,) in 0..1, 1 is pure noise. guidance: (B,), ignored by a base without guidance embedding.
+    """
+    height, width = latents.shape[-2:]
+    velocity = transformer(
+        hidden_states=pack_latents(latents),
+        timestep=time,
+        guidance=guidance if transformer.config.guidance_embeds else None,
+        pooled_projections=text.pooled,
+        encoder_hidden_states=text.tokens,
+        txt_ids=torch.zeros(text.tokens.shape[1], 3, device=latents.device),
+        img_ids=image_ids(height, width, latents.device),
+        return_dict=False,
+    )[0]
+    return unpack_latents(velocity, height, width)

@@ -1,0 +1,49 @@
+"""Stage `mtd`: encoder and masked decoder learn few-to-many reconstruction (Sec. 3.3; Eq. 4-5)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from omniid.config import Preset
+from omniid.data.few_to_many import Batch
+from omniid.models.encoder import OmniIDEncoder, save_weights
+from omniid.models.masked_decoder import MaskedDecoder, patchify, unpatchify
+
+
+class MTDStage:
+    """All layers of the tower, the encoder and the decoder train."""
+
+    name = "mtd"
+
+    def __init__(self, preset: Preset):
+        self.encoder = OmniIDEncoder.from_preset(preset)
+        self.decoder = MaskedDecoder(preset.decoder, preset.encoder)
+        self.model = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        visible = self.decoder.draw_visible(*batch.targets.shape[:2], generator).to(batch.targets.device)
+        codes = self.encoder(batch.inputs, batch.cu_inputs)
+        return self.decoder.loss(codes, batch.targets, batch.masks, visible), {}
+
+    @torch.no_grad()
+    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Rows: identities. Columns: first input, then for each target what is visible, the reconstruction, the target."""
+        visible = self.decoder.draw_visible(*batch.targets.shape[:2], generator).to(batch.targets.device)
+        codes = self.encoder(batch.inputs, batch.cu_inputs)
+        drawn = self.decoder.predict(codes, batch.targets, visible).float().clamp(-1, 1)
+        shown = hide_masked(batch.targets, visible, self.decoder.config.patch_size)
+        columns = torch.stack([shown, drawn, batch.targets], dim=2).flatten(1, 2)
+        return torch.cat([batch.inputs[batch.cu_inputs[:-1].long()].unsqueeze(1), columns], dim=1)
+
+    def export(self, folder: Path) -> None:
+        self.encoder.save(folder / "encoder.safetensors")
+        save_weights(self.decoder, folder / "decoder.safetensors", {"encoder": self.encoder.fingerprint()}, torch.bfloat16)
+
+
+def hide_masked(images: Tensor, visible: Tensor, patch_size: int) -> Tensor:
+    """Images (B, T, 3, H, W) with all but the visible patches (B, T, V) painted mid-grey."""
+    patches = patchify(images, patch_size)
+    index = visible.unsqueeze(-1).expand(-1, -1, -1, patches.shape[-1])
+    shown = torch.zeros_like(patches).scatter(2, index, patches.gather(2, index))
+    return unpatchify(shown, patch_size, images.shape[-1])

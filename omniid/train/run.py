@@ -1,0 +1,62 @@
+"""One stage from a preset's name and folders: what `omniid train` calls."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from omniid.config import load_preset
+from omniid.data.records import open_records
+from omniid.train.loop import RunResult, Trainer
+
+
+def run_stage(
+    name: str,
+    preset: str | Path,
+    data: str | Path,
+    run_folder: str | Path,
+    *,
+    weights: str | Path | None = None,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    progress: bool = True,
+) -> RunResult:
+    """Trains stage `base`, `mtd` or `flow` and exports its averaged weights into the `weights` folder.
+
+    The folder `weights` (default `run_folder/weights`) is where `flow` finds the encoder that `mtd` exported and the
+    base that `base` exported, unless the preset names another base. An interrupted run exports nothing.
+    """
+    settings = load_preset(preset, overrides)
+    config = getattr(settings.train, name)
+    weights = Path(weights or Path(run_folder) / "weights")
+    rows = open_records(data, "train"), open_records(data, "validation")
+    torch.manual_seed(config.seed)  # initial weights
+    result = None
+    for stage, folder, stage_config in _stages(name, settings, weights, Path(run_folder), config):
+        trainer = Trainer(stage, settings, stage_config, *rows, folder, resume=resume, device=device, progress=progress)
+        result = trainer.run()
+        if result.interrupted:
+            break
+        trainer.export(weights)
+    return result
+
+
+def _stages(name, settings, weights, run_folder, config):
+    """Yields (stage, run folder, config); `base` is two stages, the second needs what the first exported."""
+    import dataclasses
+
+    if name == "mtd":
+        from omniid.train.mtd import MTDStage
+
+        yield MTDStage(settings), run_folder, config
+    elif name == "flow":
+        from omniid.train.flow import FlowStage
+
+        yield FlowStage(settings, weights), run_folder, config
+    else:
+        from omniid.train.base import AutoencoderStage, BaseStage
+
+        part = dataclasses.replace(config, steps=config.autoencoder_steps)
+        yield AutoencoderStage(settings), run_folder / "autoencoder", part
+        yield BaseStage(settings, weights), run_folder / "transformer", config
