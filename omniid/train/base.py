@@ -21,9 +21,8 @@ CROP_SIZE = 64
 """The autoencoder learns from crops of this size: it is convolutional, and a step costs a quarter of whole pictures."""
 LATENT_NOISE = 0.1
 """Largest standard deviation of noise added to latents before decoding, so that small errors of the flow stay small."""
-PENALTY_WEIGHT = 0.05
-"""Weight of the penalty that keeps every latent channel at mean 0 and standard deviation 1."""
-RATE_SCALE = 3.0
+AUTOENCODER_RATE, STATISTICS_RATE = 1.7, 30.0
+"""Learning rates of the autoencoder and of its latents' statistics relative to the stage's."""
 GUIDANCE_RANGE = (1.0, 6.0)
 """The base is not distilled from guided samples, so its guidance input has nothing to learn. It is drawn from this
 range, independent of the picture, and the model learns to give the same answer for every value a user may ask for."""
@@ -47,57 +46,68 @@ class AutoencoderStage:
         self.pipeline = build_base(
             preset.base.sizes, preset.base.max_sequence_length, CAPTION_WORDS, preset.train.base.seed
         )
-        self.model = LatentStatistics(self.pipeline.vae)
+        self.model = StandardLatents(self.pipeline.vae)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images = random_crop(batch.targets.flatten(0, 1), CROP_SIZE, generator)
-        latents = self.model.vae.encode(images).latents.float()
+        latents, statistics_loss = self.model.encode(images)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         strength = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator).to(latents.device)
         decoded = self.model.vae.decode(latents + strength * noise).sample.float()
         error = reconstruction_error(decoded, images)
         psnr = -10 * ((decoded.detach().clamp(-1, 1) - images) / 2).square().mean().log10()
-        loss = error + PENALTY_WEIGHT * standard_normal_penalty(latents) + self.model.loss(latents)
-        return loss, {"reconstruction": error.detach(), "psnr": psnr}
+        return error + statistics_loss, {"reconstruction": error.detach(), "psnr": psnr}
 
     def learning_rate_scale(self, name: str) -> float:
         """The autoencoder bears a higher rate than the transformer whose settings it shares."""
-        return RATE_SCALE
+        return AUTOENCODER_RATE if name.startswith("vae.") else STATISTICS_RATE
 
     @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Rows: up to eight pictures. Columns: the picture, its reconstruction."""
         images = batch.targets[:8, 0]
-        decoded = self.model.vae.decode(self.model.vae.encode(images).latents).sample.float().clamp(-1, 1)
+        decoded = self.model.vae.decode(self.model.encode(images)[0]).sample.float().clamp(-1, 1)
         return torch.stack([images, decoded], dim=1)
 
     def export(self, folder: Path) -> None:
         """Writes the whole base; transformer and text encoders are still random."""
-        shift, scale = self.model.shift_and_scale()
-        self.pipeline.vae.register_to_config(shift_factor=shift, scaling_factor=scale)
-        save_base(self.pipeline, folder / "base")
+        save_base(self.pipeline, folder / "base", vae=self.model.folded())
 
 
-class LatentStatistics(nn.Module):
-    """An autoencoder and the mean and standard deviation of its latents.
+class StandardLatents(nn.Module):
+    """An autoencoder whose latent channels have mean 0 and standard deviation 1, as noise has.
 
-    Both numbers are parameters that a loss of their own draws to what each batch shows, so that averaging and
-    checkpoints treat them like any weight.
+    Training normalises by the batch. What inference needs, mean and deviation over many batches, are parameters that
+    a loss of their own draws to what each batch shows, so that averaging and checkpoints treat them like any weight;
+    `folded` moves them into the encoder's last convolution.
     """
 
     def __init__(self, vae: nn.Module):
         super().__init__()
         self.vae = vae.to(memory_format=torch.channels_last)
-        self.mean = nn.Parameter(torch.zeros(()))
-        self.log_deviation = nn.Parameter(torch.zeros(()))
+        channels = vae.config.latent_channels
+        self.mean = nn.Parameter(torch.zeros(channels))
+        self.log_deviation = nn.Parameter(torch.zeros(channels))
 
-    def loss(self, latents: Tensor) -> Tensor:
-        latents = latents.detach()
-        return (self.mean - latents.mean()).square() + (self.log_deviation - latents.std().log()).square()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1], and the loss of the tracked statistics."""
+        latents = self.vae.encode(images).latents.float()
+        mean = latents.mean(dim=(0, 2, 3))
+        deviation = latents.std(dim=(0, 2, 3)).clamp_min(1e-4)
+        loss = (self.mean - mean.detach()).square() + (self.log_deviation - deviation.detach().log()).square()
+        if not self.training:
+            mean, deviation = self.mean, self.log_deviation.exp()
+        return (latents - mean.view(1, -1, 1, 1)) / deviation.view(1, -1, 1, 1), loss.mean()
 
-    def shift_and_scale(self) -> tuple[float, float]:
-        """Numbers that bring latents to mean 0 and standard deviation 1: (z - shift) * scale."""
-        return float(self.mean), float((-self.log_deviation).exp())
+    @torch.no_grad()
+    def folded(self) -> nn.Module:
+        """A copy of the autoencoder whose encoder gives normalised latents by itself."""
+        vae = copy.deepcopy(self.vae)
+        last = vae.encoder.layers[-1]
+        deviation = self.log_deviation.exp()
+        last.weight /= deviation.view(-1, 1, 1, 1)
+        last.bias.copy_((last.bias - self.mean) / deviation)
+        return vae
 
 
 class BaseStage:
@@ -155,9 +165,12 @@ class BaseStage:
         save_base(self.pipeline, folder / "base")
 
 
-def save_base(pipeline, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes a pipeline folder in `dtype`; the pipeline itself keeps its precision. An older folder is replaced."""
-    parts = {name: copy.deepcopy(part) for name, part in pipeline.components.items()}
+def save_base(pipeline, folder: Path, dtype: torch.dtype = torch.bfloat16, **replaced: nn.Module) -> None:
+    """Writes a pipeline folder in `dtype`, an older one is replaced; the pipeline itself keeps its precision.
+
+    replaced: parts to write instead of the pipeline's own.
+    """
+    parts = {name: copy.deepcopy(part) for name, part in (pipeline.components | replaced).items()}
     for part in parts.values():
         if isinstance(part, nn.Module):
             part.to(device="cpu", dtype=dtype, memory_format=torch.contiguous_format)
@@ -185,12 +198,6 @@ def reconstruction_error(decoded: Tensor, images: Tensor) -> Tensor:
     error = decoded - images
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + 0.5 * edges + 0.5 * F.avg_pool2d(error, 4).abs().mean()
-
-
-def standard_normal_penalty(latents: Tensor) -> Tensor:
-    """Zero when every channel of latents (B, C, h, w) has mean 0 and standard deviation 1 over the batch."""
-    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    return mean.square().mean() + (deviation - 1).square().mean()
 
 
 def vary_captions(captions: list[str], dropout: float, generator: torch.Generator) -> list[str]:

@@ -1,0 +1,27 @@
+"""Synthetic people: heads with true parallax, rendered from seeds, as training and test data.
+
+`render(Person.sample(7), View.sample(0))` is one picture; `write_records` fills a folder of identity records.
+"""
+
+from .captions import CAPTION_WORDS, caption
+from .dataset import write_records
+from .head_model import LANDMARK_GROUPS, NUM_LANDMARKS, SyntheticError
+from .person import Person
+from .render import RenderedFace, render
+from .traits import Traits
+from .view import EXPRESSIONS, View
+
+__all__ = [
+    "CAPTION_WORDS",
+    "EXPRESSIONS",
+    "LANDMARK_GROUPS",
+    "NUM_LANDMARKS",
+    "Person",
+    "RenderedFace",
+    "SyntheticError",
+    "Traits",
+    "View",
+    "caption",
+    "render",
+    "write_records",
+]

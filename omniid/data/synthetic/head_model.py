@@ -28,6 +28,11 @@ VERSION = 1
 SKIN, MOUTH, EYE, TEETH, TONGUE = range(5)
 """Materials of the triangles; hair is added per person."""
 
+TEXTURE_SIZE = 320
+TEXTURE_AXIS_Z = 0.45  # decimetres, where the axis of the texture's cylinder stands
+TEXTURE_ANGLE = 1.95  # radians to either side that the texture covers
+TEXTURE_TOP, TEXTURE_BOTTOM = 8.6, 5.9  # decimetres
+
 SLIDER_FOLDERS = ("eyebrows", "eyes", "forehead", "head", "mouth", "neck", "nose", "cheek", "chin", "ears", "asym")
 OPPOSITES = {
     "decr": "incr", "down": "up", "in": "out", "backward": "forward", "concave": "convex", "compress": "uncompress",
@@ -71,6 +76,8 @@ class HeadModel:
     """(V,) int8: 0 none, 1 right eyeball, 2 left eyeball."""
     landmarks: np.ndarray
     """(K,) int32 vertex indices; order in `LANDMARK_GROUPS`."""
+    surface: np.ndarray
+    """(TEXTURE_SIZE, TEXTURE_SIZE, 3) float32, the point of the neutral head that each texel covers (0 where none)."""
     eye_corners: np.ndarray
     """(2, 2) int32 vertex indices, right eye and left eye, each outer and inner corner."""
 
@@ -173,7 +180,7 @@ def _build(source: Path) -> HeadModel:
             if f"{stem}-{OPPOSITES.get(ending)}" in names:
                 low = target(targets / folder / f"{name}.target.gz")
                 high = target(targets / folder / f"{stem}-{OPPOSITES[ending]}.target.gz")
-                slider_names.append(stem)
+                slider_names.append(f"{stem}-{ending}-{OPPOSITES[ending]}")
             elif any(f"{stem}-{low}" in names for low, high in OPPOSITES.items() if high == ending):
                 continue
             else:
@@ -230,6 +237,7 @@ def _build(source: Path) -> HeadModel:
         eye_centres=eye_centres.astype(np.float32),
         eye_vertices=eye_vertices,
         landmarks=landmarks,
+        surface=_surface_map(vertices, triangles[triangle_materials == SKIN]),
         eye_corners=eye_corners,
     )
 
@@ -252,6 +260,24 @@ def _read_obj(path: Path) -> tuple[np.ndarray, ...]:
             face_coordinates.append([pair[1] for pair in pairs])
             groups.append(group)
     return tuple(np.array(list_) for list_ in (points, coordinates, faces, face_coordinates, groups))
+
+
+def texture_coordinates(points: np.ndarray) -> np.ndarray:
+    """Texel coordinates (..., 2), column and row, of points (..., 3) on the neutral head: a cylinder seen from outside."""
+    angle = np.arctan2(points[..., 0], points[..., 2] - TEXTURE_AXIS_Z)
+    column = (angle / TEXTURE_ANGLE * 0.5 + 0.5) * TEXTURE_SIZE
+    row = (TEXTURE_TOP - points[..., 1]) / (TEXTURE_TOP - TEXTURE_BOTTOM) * TEXTURE_SIZE
+    return np.stack([column, row], axis=-1)
+
+
+def _surface_map(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
+    """(TEXTURE_SIZE, TEXTURE_SIZE, 3) float32: the outermost point of the neutral skin under each texel."""
+    radius = np.hypot(vertices[:, 0], vertices[:, 2] - TEXTURE_AXIS_Z)
+    view = np.concatenate([texture_coordinates(vertices), (10 - radius)[:, None]], axis=1)
+    # Triangles across the seam at the back of the head would smear over the whole width.
+    columns = view[triangles, 0]
+    whole = columns.max(1) - columns.min(1) < TEXTURE_SIZE / 2
+    return rasterize(view, triangles[whole], vertices, TEXTURE_SIZE, TEXTURE_SIZE).values
 
 
 def vertex_normals(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
@@ -349,12 +375,11 @@ def _find_landmarks(
     middle = candidates[np.abs(vertices[candidates, 0]) < 0.02]
     profile = middle[np.argsort(-vertices[middle, 1])]
     tip = profile[np.argmax(np.where((vertices[profile, 1] < 7.1) & (vertices[profile, 1] > 6.8), vertices[profile, 2], -9))]
-    # Below the tip the profile falls back to the subnasale, the deepest point above the upper lip.
-    below = profile[(vertices[profile, 1] < vertices[tip, 1] - 0.03) & (vertices[profile, 1] > vertices[upper[2], 1] + 0.02)]
-    base = below[np.argmin(vertices[below, 2] + 0.4 * vertices[below, 1])]
+    # The subnasale: the deepest point of the profile between the tip of the nose and the upper lip.
+    below = profile[(vertices[profile, 1] < vertices[tip, 1] - 0.04) & (vertices[profile, 1] > vertices[upper[2], 1] + 0.04)]
+    base = below[np.argmin(vertices[below, 2])]
     bridge = [nearest(0, y, middle) for y in np.linspace(7.28, vertices[tip, 1], 4)]
-    wing_band = candidates[np.abs(vertices[candidates, 1] - vertices[base, 1] - 0.05) < 0.05]
-    wings = [nearest(side * 0.2, vertices[base, 1] + 0.05, wing_band) for side in (-1, 1)]
+    wings = [nearest(side * 0.17, vertices[base, 1] + 0.09) for side in (-1, 1)]
     brow_xy = [(0.56, 7.45), (0.45, 7.52), (0.33, 7.54), (0.22, 7.52), (0.12, 7.47)]
     right_brow = [nearest(-x, y) for x, y in brow_xy]
     left_brow = [nearest(x, y) for x, y in brow_xy[::-1]]
@@ -362,7 +387,7 @@ def _find_landmarks(
     # the neck left out by a plane that rises towards the back.
     skin_vertices = np.unique(triangles[materials == SKIN])
     above_neck = vertices[:, 1] + 0.55 * vertices[:, 2] > 6.85
-    face = skin_vertices[above_neck[skin_vertices] & (vertices[skin_vertices, 2] > 0.55)]
+    face = skin_vertices[above_neck[skin_vertices] & (vertices[skin_vertices, 2] > 0.45) & (np.abs(vertices[skin_vertices, 0]) < 0.70)]  # no ears
     offsets = vertices[face, :2] - [0, 6.95]
     angles, radii = np.arctan2(offsets[:, 0], -offsets[:, 1]), np.linalg.norm(offsets, axis=1)
     jaw = []

@@ -1,0 +1,53 @@
+# Everything runs in .venv, which the first target makes: torch first and pinned (a looser requirement may pull several
+# GB of CUDA packages), then omniid with its development tools.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.omniid-installed
+PYTEST_FLAGS ?=
+
+.PHONY: help venv demo test lint bench gpu clean
+
+help:
+	@echo "make demo   the tour on a CPU: demo/contact_sheet.png and demo/metrics.json"
+	@echo "make test   all tests that this machine can run"
+	@echo "make lint   ruff check and ruff format --check"
+	@echo "make bench  timings of kernels and of the whole path"
+	@echo "make gpu    tests and benchmarks that need a CUDA device"
+	@echo "make clean  remove what the targets made, .venv excepted"
+
+venv: $(INSTALLED)
+
+# Again when the metadata or the native sources change: an editable install sees every other change by itself.
+$(INSTALLED): setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/native/*.cpp kernels/native/*.h)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "omniid needs Python 3.11 or newer, and $(PYTHON) is older; name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -P -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: venv
+	$(BIN)/omniid demo -o demo
+
+test: venv
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: venv
+	$(BIN)/omniid bench
+
+gpu: venv
+	@$(BIN)/python -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+		echo "make gpu needs a CUDA device and a CUDA build of torch in $(VENV); neither the tests nor the benchmarks ran" >&2; exit 1; }
+	$(BIN)/pytest -m gpu $(PYTEST_FLAGS)
+	$(BIN)/omniid bench
+
+clean:
+	rm -rf build demo runs *.egg-info .pytest_cache .ruff_cache .hypothesis kernels/_native*.so
+	rm -f $(INSTALLED)
+	find cli kernels omniid tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,213 @@
+"""A look at a set of identity records: what it holds, and which rows are damaged.
+
+Every image and mask is decoded. The shards are read with pyarrow one batch at a time, so a set of any size fits, and a
+damaged shard does not hide the others.
+"""
+
+import io
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import OmniIDError
+from .records import COLUMNS, RecordError
+
+_ROWS_AT_ONCE = 4
+# A landmark may lie outside the picture, but not far.
+_LANDMARK_MARGIN = 1.0
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What `inspect_records` found; `as_dict` is what `--json` prints."""
+
+    folder: str
+    identities: Counter = field(default_factory=Counter)
+    """Per split."""
+    images: Counter = field(default_factory=Counter)
+    """Per split."""
+    sizes: Counter = field(default_factory=Counter)
+    """Images per "width x height"."""
+    images_per_identity: Counter = field(default_factory=Counter)
+    sources: Counter = field(default_factory=Counter)
+    bytes_on_disk: int = 0
+    pose: list[np.ndarray] = field(default_factory=list, repr=False)
+    quality: list[float] = field(default_factory=list, repr=False)
+    mask_share: list[float] = field(default_factory=list, repr=False)
+    problems: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict:
+        poses = np.array(self.pose).reshape(-1, 3)
+        return {
+            "folder": self.folder,
+            "identities": dict(self.identities),
+            "images": dict(self.images),
+            "image_sizes": dict(self.sizes.most_common()),
+            "images_per_identity": _spread(list(self.images_per_identity.elements())),
+            "megabytes": round(self.bytes_on_disk / 1e6, 2),
+            "yaw": _spread(poses[:, 0]),
+            "pitch": _spread(poses[:, 1]),
+            "roll": _spread(poses[:, 2]),
+            "quality": _spread(self.quality),
+            "face_share": _spread(self.mask_share),
+            "sources": dict(self.sources.most_common()),
+            "problems": self.problems,
+        }
+
+
+def inspect_records(folder: str | Path, progress: Callable[[int], None] = lambda rows: None) -> Inspection:
+    """Reads every row of every shard; `progress` is told of rows done.
+
+    Raises RecordError for a folder without shards; damage is listed in `problems` instead.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    result = Inspection(str(folder))
+    seen: dict[str, str] = {}
+    for path in _shards(folder):
+        result.bytes_on_disk += path.stat().st_size
+        row = 0
+        try:
+            with parquet.ParquetFile(path) as shard:
+                missing = [name for name in COLUMNS if name not in shard.schema_arrow.names]
+                if missing:
+                    result.problems.append(f"{path.name} lacks the columns {', '.join(missing)}")
+                    continue
+                for batch in shard.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(COLUMNS)):
+                    for record in batch.to_pylist():
+                        _inspect_row(record, f"{path.name} row {row}", seen, result)
+                        row += 1
+                        progress(1)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__
+            result.problems.append(f"{path.name} cannot be read after row {row} ({reason})")
+    return result
+
+
+def count_rows(folder: str | Path) -> int:
+    """Rows of all readable shards, from their footers."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    total = 0
+    for path in _shards(folder):
+        try:
+            total += parquet.read_metadata(path).num_rows
+        except (pyarrow.ArrowException, OSError):  # reported by inspect_records
+            continue
+    return total
+
+
+def _shards(folder: str | Path) -> list[Path]:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RecordError(f"the folder {folder} does not exist; make records with: omniid data synth {folder}")
+    shards = sorted(folder.glob("*.parquet"))
+    if not shards:
+        raise RecordError(f"{folder} holds no records (*.parquet); make some with: omniid data synth {folder}")
+    return shards
+
+
+def _inspect_row(record: dict, place: str, seen: dict[str, str], result: Inspection) -> None:
+    name = record["identity_id"]
+    if not isinstance(name, str) or not name:
+        result.problems.append(f"{place}: identity_id is {name!r}")
+        return
+    place = f"{place} ({name})"
+    if name in seen:
+        result.problems.append(f"{place}: the same identity_id is at {seen[name]}")
+    seen.setdefault(name, place)
+    try:
+        sizes, shares = _check_images(record)
+        poses, quality = _check_numbers(record, sizes)
+    except OmniIDError as error:
+        result.problems.append(f"{place}: {error}")
+        return
+    split = record["split"] or "none"
+    result.identities[split] += 1
+    result.images[split] += len(sizes)
+    result.images_per_identity[len(sizes)] += 1
+    result.sizes.update(f"{width} x {height}" for width, height in sizes)
+    result.sources[record["source"] or "unknown"] += 1
+    result.pose += poses
+    result.quality += quality
+    result.mask_share += shares
+
+
+def _check_images(record: dict) -> tuple[list[tuple[int, int]], list[float]]:
+    """Sizes of the images and shares of face pixels of the masks."""
+    images, masks = record["images"] or [], record["masks"] or []
+    if not images:
+        raise RecordError("no images")
+    if len(masks) != len(images):
+        raise RecordError(f"{len(masks)} masks for {len(images)} images")
+    sizes, shares = [], []
+    for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        picture = _decode(image, "RGB", f"image {index}")
+        face = _decode(mask, "L", f"mask {index}")
+        if face.shape != picture.shape[:2]:
+            raise RecordError(f"mask {index} and its image differ in size: {face.shape} and {picture.shape[:2]}")
+        share = float((face > 127).mean())
+        if share == 0.0:
+            raise RecordError(f"mask {index} marks no face")
+        sizes.append((picture.shape[1], picture.shape[0]))
+        shares.append(share)
+    return sizes, shares
+
+
+def _decode(data: object, mode: str, what: str) -> np.ndarray:
+    if not isinstance(data, bytes):
+        raise RecordError(f"{what} is not stored as bytes")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert(mode))
+    except Exception as error:  # Pillow raises many kinds for damaged bytes
+        raise RecordError(f"{what} is damaged ({type(error).__name__})") from error
+
+
+def _check_numbers(record: dict, sizes: list[tuple[int, int]]) -> tuple[list[np.ndarray], list[float]]:
+    for name in ("landmarks", "pose", "quality", "captions"):
+        values = record[name]
+        if values is None or len(values) != len(sizes):
+            raise RecordError(f"{0 if values is None else len(values)} {name} for {len(sizes)} images")
+    for index, (points, size) in enumerate(zip(record["landmarks"], sizes, strict=True)):
+        points = _finite(points, f"landmarks of image {index}")
+        if points.ndim != 2 or points.shape[1] != 2:
+            raise RecordError(f"landmarks of image {index} have the shape {points.shape}, not (points, 2)")
+        share = points / np.array(size)
+        if share.min() < -_LANDMARK_MARGIN or share.max() > 1 + _LANDMARK_MARGIN:
+            raise RecordError(f"landmarks of image {index} lie far outside it")
+    poses = [_finite(pose, f"pose of image {index}") for index, pose in enumerate(record["pose"])]
+    for index, pose in enumerate(poses):
+        if pose.shape != (3,) or np.abs(pose).max() > 180:
+            raise RecordError(f"pose of image {index} is {pose.tolist()}, not three angles in degrees")
+    for index, value in enumerate(record["quality"]):
+        if not isinstance(value, float) or not math.isfinite(value) or not 0.0 <= value <= 1.0:
+            raise RecordError(f"quality of image {index} is {value!r}, not a number from 0 to 1")
+    for index, text in enumerate(record["captions"]):
+        if not isinstance(text, str) or not text.strip():
+            raise RecordError(f"caption of image {index} is empty")
+    return poses, list(record["quality"])
+
+
+def _finite(values: object, what: str) -> np.ndarray:
+    try:
+        array = np.array(values, np.float64)
+    except (ValueError, TypeError) as error:
+        raise RecordError(f"{what} are not numbers") from error
+    if array.size == 0 or not np.isfinite(array).all():
+        raise RecordError(f"{what} are missing, NaN or infinite")
+    return array
+
+
+def _spread(values: list | np.ndarray) -> dict | None:
+    if len(values) == 0:
+        return None
+    low, middle, high = np.min(values), np.median(values), np.max(values)
+    return {"min": round(float(low), 3), "median": round(float(middle), 3), "max": round(float(high), 3)}

@@ -1,0 +1,98 @@
+"""The tour: people the model never saw, encoded, redrawn and generated, as one contact sheet with scores."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from omniid.evaluate.people import unseen_people
+from omniid.evaluate.run import encode_people, evaluate, identities_of, load_decoder
+from omniid.files import atomic_path
+from omniid.models.encoder import load_encoder
+from omniid.train.mtd import hide_masked
+from omniid.weights import weights_folder
+
+NUM_SHOWN, NUM_INPUTS = 6, 3
+PROMPTS = (
+    "photo of a person.",
+    "photo of a person, smiling",
+    "photo of a person, looking to the left, blue background",
+)
+MARGIN, LABEL_HEIGHT = 6, 30
+
+
+def run_demo(folder: str | Path, weights: str | Path = "mini", say: Callable[[str], None] = lambda text: None) -> dict:
+    """Writes `contact_sheet.png` and `metrics.json` into `folder` and returns the metrics, all computed in this run."""
+    from omniid.generate import load_generator
+
+    started = time.monotonic()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = weights_folder(weights)
+    encoder, decoder, generator = load_encoder(source), load_decoder(source), load_generator(source)
+    say("drawing the contact sheet")
+    people = unseen_people(NUM_SHOWN, NUM_INPUTS, 1, encoder.tower_config.image_size)
+    visible = decoder.draw_visible(NUM_SHOWN, 1, torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        codes = encode_people(encoder, people, NUM_INPUTS)
+        drawn = decoder.predict(codes, people.targets, visible)
+    columns: dict[str, list[Image.Image]] = {
+        **{f"photo {n + 1} (input)": _pictures(people.inputs[:, n]) for n in range(NUM_INPUTS)},
+        "another photo": _pictures(people.targets[:, 0]),
+        "5 % of it": _pictures(hide_masked(people.targets, visible, decoder.config.patch_size)[:, 0]),
+        "redrawn from code + 5 %": _pictures(drawn[:, 0]),
+    }
+    for prompt in PROMPTS:
+        columns[f"generated: {prompt}"] = [
+            generator.generate(identity, prompt, seed=index)[0]
+            for index, identity in enumerate(identities_of(encoder, codes, NUM_INPUTS))
+        ]
+    with atomic_path(folder / "contact_sheet.png") as path:
+        contact_sheet(columns, people.names).save(path)
+    metrics = evaluate(source, say=say)
+    metrics["weights"] = str(weights)
+    metrics["seconds"] = round(time.monotonic() - started, 1)
+    with atomic_path(folder / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    return metrics
+
+
+def contact_sheet(columns: dict[str, list[Image.Image]], row_labels: list[str]) -> Image.Image:
+    """A labelled grid: one column per key, one row per picture."""
+    width, height = next(iter(columns.values()))[0].size
+    sheet = Image.new(
+        "RGB",
+        (len(columns) * (width + MARGIN) + MARGIN, len(row_labels) * (height + LABEL_HEIGHT // 2) + LABEL_HEIGHT + MARGIN),
+        "white",
+    )
+    draw = ImageDraw.Draw(sheet)
+    for column, (label, pictures) in enumerate(columns.items()):
+        x = MARGIN + column * (width + MARGIN)
+        draw.multiline_text((x, 2), _wrapped(draw, label, width), fill="black", spacing=1)
+        for row, picture in enumerate(pictures):
+            y = LABEL_HEIGHT + row * (height + LABEL_HEIGHT // 2)
+            sheet.paste(picture.resize((width, height)), (x, y))
+            if column == 0:
+                draw.text((x, y + height + 1), row_labels[row], fill="grey")
+    return sheet
+
+
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    values = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(np.ascontiguousarray(value.numpy())) for value in values]

@@ -1,0 +1,87 @@
+"""The people that evaluations look at: synthetic ones no training saw, or real ones from a folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omniid.errors import OmniIDError
+
+# Training draws people from seeds counted up from 0; evaluation starts far above.
+FIRST_UNSEEN_SEED = 1_000_000_000
+
+
+@dataclass(slots=True)
+class People:
+    """P people with inputs to encode and targets to redraw."""
+
+    inputs: Tensor
+    """(P, M, 3, H, W) in [-1, 1]."""
+    targets: Tensor
+    """(P, T, 3, H, W) in [-1, 1]."""
+    masks: Tensor
+    """(P, T, H, W) bool."""
+    names: list[str]
+
+
+def unseen_people(count: int, num_inputs: int, num_targets: int, size: int, progress: Callable[[int], None] = lambda n: None) -> People:
+    """Synthetic people of fixed seeds, rendered now; person i is the same whatever the other arguments."""
+    from omniid.data.synthetic import Person, View, render
+
+    photos, masks = [], []
+    for index in range(count):
+        seed = FIRST_UNSEEN_SEED + index
+        person = Person.sample(seed)
+        # Views of inputs and targets are numbered apart, so that more inputs leave the targets as they are.
+        views = [1000 * seed + n for n in range(num_inputs)] + [1000 * seed + 500 + n for n in range(num_targets)]
+        faces = [render(person, View.sample(view), size=size) for view in views]
+        photos.append(np.stack([face.image for face in faces]))
+        masks.append(np.stack([face.mask for face in faces[num_inputs:]]))
+        progress(index + 1)
+    images = torch.from_numpy(np.stack(photos)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    return People(
+        inputs=images[:, :num_inputs],
+        targets=images[:, num_inputs:],
+        masks=torch.from_numpy(np.stack(masks)),
+        names=[f"unseen-{index:03d}" for index in range(count)],
+    )
+
+
+def neutral_and_smiling(folder: str | Path, size: int, progress: Callable[[int], None] = lambda n: None) -> People:
+    """Real people with a neutral photo as input and a smiling one as target: `<id>_neutral.jpg`, `<id>_smiling.jpg`.
+
+    Faces are found and aligned by the offline backend. The mask is the template's face ellipse, since that backend does
+    not segment. Raises OmniIDError for a folder without such pairs.
+    """
+    from omniid.faces import analyzer
+
+    folder = Path(folder)
+    pairs = [
+        (path, smiling)
+        for path in sorted(folder.glob("*_neutral.*"))
+        if (smiling := path.with_name(path.name.replace("_neutral", "_smiling"))).is_file()
+    ]
+    if not pairs:
+        raise OmniIDError(f"{folder} holds no pairs of photos named <id>_neutral.jpg and <id>_smiling.jpg")
+    finder = analyzer("offline")
+    crops = []
+    for done, pair in enumerate(pairs, start=1):
+        crops.append(np.stack([finder.crop(finder.analyze(path), size) for path in pair]))
+        progress(done)
+    images = torch.from_numpy(np.stack(crops)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    mask = torch.from_numpy(template_face_mask(size))
+    return People(
+        inputs=images[:, :1],
+        targets=images[:, 1:],
+        masks=mask.expand(len(pairs), 1, -1, -1),
+        names=[path.name.split("_")[0] for path, _ in pairs],
+    )
+
+
+def template_face_mask(size: int) -> np.ndarray:
+    """Bool (size, size): the ellipse that a frontal face fills in an aligned crop, from brows to chin."""
+    y, x = (np.mgrid[:size, :size] + 0.5) / size
+    return ((x - 0.5) / 0.29) ** 2 + ((y - 0.57) / 0.36) ** 2 <= 1

@@ -1,0 +1,266 @@
+"""The identity adapter: decoupled attention of every FLUX block to a person's tokens (Sec. 3.3).
+
+`O_img += s * softmax(Q_img K_id^T / sqrt(d)) V_id`, before the block's output projection. Q is the block's own query
+after its RMS norm and rotary phase; the identity's keys carry no phase, as if at position 0, where FLUX's text tokens
+are. Values start at zero, so an untrained adapter leaves FLUX's output as it is, to the bit.
+Shapes: B pictures, L identity tokens of C channels, N blocks, H heads of D channels.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omniid.errors import OmniIDError
+from omniid.files import atomic_path
+from omniid.models.flux import FluxLayout, attention_modules, layout_of
+
+FORMAT_VERSION = 1
+
+
+class AdapterError(OmniIDError):
+    """An adapter file that cannot be used, or not with this base or encoder."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityKV:
+    """Keys and values of one identity (or a batch of them) for every block: (N, B, L, H, D) each.
+
+    They depend on neither step nor prompt: made once per identity, used by all steps.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def to(self, *args, **kwargs) -> "IdentityKV":
+        return IdentityKV(self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs))
+
+    def expand(self, batch: int) -> "IdentityKV":
+        """The same identity for every picture of a batch, without a copy."""
+        return IdentityKV(self.keys.expand(-1, batch, -1, -1, -1), self.values.expand(-1, batch, -1, -1, -1))
+
+
+@dataclass(slots=True)
+class IdentityUse:
+    """One identity in a picture: what it is, how strongly, and where."""
+
+    kv: IdentityKV
+    scale: float | Tensor = 1.0
+    """s: a number, or a map (B, L_img) or (1, L_img) with one value per image token."""
+
+
+class IdentityAdapter(nn.Module):
+    """Projections of identity tokens to keys and values, one pair for each block of a FLUX transformer."""
+
+    def __init__(self, width: int, num_blocks: int, num_heads: int, head_dim: int):
+        super().__init__()
+        self.width, self.num_blocks, self.num_heads, self.head_dim = width, num_blocks, num_heads, head_dim
+        self.encoder_fingerprint = ""
+        """Fingerprint of the encoder whose tokens this adapter reads; empty before training."""
+        inner = num_heads * head_dim
+        # No bias: softmax ignores what all keys share, and a shared value would not depend on who the person is.
+        self.to_k_id = nn.ModuleList(nn.Linear(width, inner, bias=False) for _ in range(num_blocks))
+        self.to_v_id = nn.ModuleList(nn.Linear(width, inner, bias=False) for _ in range(num_blocks))
+        self.norm_k_id = nn.ModuleList(nn.RMSNorm(head_dim, eps=1e-6) for _ in range(num_blocks))
+        for to_k, to_v in zip(self.to_k_id, self.to_v_id, strict=True):
+            nn.init.normal_(to_k.weight, std=width**-0.5)
+            nn.init.zeros_(to_v.weight)
+
+    @classmethod
+    def for_transformer(cls, transformer: nn.Module, width: int) -> "IdentityAdapter":
+        """An untrained adapter for a `FluxTransformer2DModel`; its key norms start as those of the blocks."""
+        layout = layout_of(transformer)
+        adapter = cls(width, layout.num_blocks, layout.num_heads, layout.head_dim)
+        with torch.no_grad():
+            for norm, attention in zip(adapter.norm_k_id, attention_modules(transformer), strict=True):
+                norm.weight.copy_(attention.norm_k.weight)
+        return adapter
+
+    def project(self, tokens: Tensor) -> IdentityKV:
+        """Keys and values for all blocks from identity tokens (B, L, C)."""
+        if tokens.dim() != 3 or tokens.shape[-1] != self.width:
+            raise ValueError(f"identity tokens must be (B, L, {self.width}), got {tuple(tokens.shape)}")
+        shape = (*tokens.shape[:2], self.num_heads, self.head_dim)
+        keys = [norm(to_k(tokens).view(shape)) for to_k, norm in zip(self.to_k_id, self.norm_k_id, strict=True)]
+        values = [to_v(tokens).view(shape) for to_v in self.to_v_id]
+        return IdentityKV(torch.stack(keys), torch.stack(values))
+
+    def check_base(self, transformer: nn.Module) -> None:
+        """Raises AdapterError when the transformer's blocks are not those this adapter was made for."""
+        layout: FluxLayout = layout_of(transformer)
+        mine = (self.num_blocks, self.num_heads, self.head_dim)
+        its = (layout.num_blocks, layout.num_heads, layout.head_dim)
+        if mine != its:
+            raise AdapterError(
+                "the identity adapter was trained for another base model: it has "
+                "{} blocks of {} heads of {} channels, the base has {} of {} of {}; "
+                "use the base that belongs to it or train an adapter for this one".format(*mine, *its)
+            )
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Writes weights and sizes as one safetensors file."""
+        from safetensors.torch import save_file
+
+        sizes = {
+            "format_version": FORMAT_VERSION,
+            "width": self.width,
+            "num_blocks": self.num_blocks,
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "encoder": self.encoder_fingerprint,
+        }
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"omniid_adapter": json.dumps(sizes)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+        """Reads a file that `save` wrote. Raises AdapterError when it is missing, damaged or something else."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise AdapterError(f"there is no identity adapter at {path}; train one with: omniid train flow")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = (file.metadata() or {}).get("omniid_adapter")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(f"{path} is damaged ({error}); copy or train it again") from error
+        if metadata is None:
+            raise AdapterError(f"{path} is no identity adapter of omniid")
+        sizes = json.loads(metadata)
+        if sizes["format_version"] > FORMAT_VERSION:
+            raise AdapterError(
+                f"{path} has format {sizes['format_version']}, this omniid reads up to {FORMAT_VERSION}; update omniid"
+            )
+        adapter = cls(sizes["width"], sizes["num_blocks"], sizes["num_heads"], sizes["head_dim"])
+        try:
+            adapter.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise AdapterError(f"{path} lacks weights that its sizes call for; copy or train it again") from error
+        adapter.encoder_fingerprint = sizes["encoder"]
+        return adapter.to(device=device, dtype=dtype)
+
+
+def add_identity_attention(
+    output: Tensor, query: Tensor, uses: Sequence[tuple[Tensor, Tensor, float | Tensor]]
+) -> Tensor:
+    """output + sum over identities of s * softmax(Q K^T / sqrt(d)) V.
+
+    output, query: (B, L_img, H, D). uses: keys (B, L, H, D), values (B, L, H, D) and s (number or (B, L_img)) of each.
+    """
+    for keys, values, scale in uses:
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2), keys.to(query.dtype).transpose(1, 2), values.to(query.dtype).transpose(1, 2)
+        ).transpose(1, 2)
+        if isinstance(scale, Tensor):
+            scale = scale.to(query.dtype)[..., None, None]
+        output = output + scale * attended
+    return output
+
+
+class AttachedIdentities:
+    """The identities that the processors of one transformer add now; the list may change from step to step."""
+
+    def __init__(self, uses: Sequence[IdentityUse]):
+        self.uses = list(uses)
+        self.strength = 1.0
+        """Factor on all scales, for schedules: 0 skips the identities altogether."""
+        self.num_image_tokens = 0
+
+    def of_block(self, block: int) -> list[tuple[Tensor, Tensor, float | Tensor]]:
+        """Keys, values and scale of every identity that acts in this step."""
+        if self.strength == 0:
+            return []
+        return [
+            (use.kv.keys[block], use.kv.values[block], use.scale * self.strength)
+            for use in self.uses
+            if isinstance(use.scale, Tensor) or use.scale != 0
+        ]
+
+
+class IdentityAttnProcessor:
+    """FLUX's joint attention followed by the identity's; serves double and single blocks."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, block: int, attached: AttachedIdentities):
+        self.block, self.attached = block, attached
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden_states: image tokens in a double block; text, then image tokens in a single block."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+        from diffusers.models.embeddings import apply_rotary_emb
+        from diffusers.models.transformers.transformer_flux import _get_qkv_projections
+
+        query, key, value, text_query, text_key, text_value = _get_qkv_projections(
+            attn, hidden_states, encoder_hidden_states
+        )
+        heads = (-1, attn.head_dim)
+        query = attn.norm_q(query.unflatten(-1, heads))  # (B, L, H, D)
+        key = attn.norm_k(key.unflatten(-1, heads))
+        value = value.unflatten(-1, heads)
+        if attn.added_kv_proj_dim is not None:
+            query = torch.cat([attn.norm_added_q(text_query.unflatten(-1, heads)), query], dim=1)
+            key = torch.cat([attn.norm_added_k(text_key.unflatten(-1, heads)), key], dim=1)
+            value = torch.cat([text_value.unflatten(-1, heads), value], dim=1)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        output = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        num_image_tokens = self.attached.num_image_tokens
+        text, image = output[:, :-num_image_tokens], output[:, -num_image_tokens:]
+        uses = self.attached.of_block(self.block)
+        if uses:
+            image = add_identity_attention(image, query[:, -num_image_tokens:], uses)
+        image, text = (part.flatten(2, 3).to(query.dtype) for part in (image, text))
+        if encoder_hidden_states is None:
+            return torch.cat([text, image], dim=1)
+        image = attn.to_out[1](attn.to_out[0](image.contiguous()))
+        return image, attn.to_add_out(text.contiguous())
+
+
+@contextlib.contextmanager
+def attach_identities(transformer: nn.Module, uses: Sequence[IdentityUse]) -> Iterator[AttachedIdentities]:
+    """Within it, the transformer draws the given identities; afterwards it is as it was before.
+
+    Yields the state that the processors read, so that a caller can change strengths between steps.
+    """
+    attached = AttachedIdentities(uses)
+    modules = attention_modules(transformer)
+    before = [attention.processor for attention in modules]
+
+    def count_image_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        attached.num_image_tokens = hidden_states.shape[1]
+
+    hook = transformer.register_forward_pre_hook(count_image_tokens, with_kwargs=True)
+    try:
+        for block, attention in enumerate(modules):
+            attention.set_processor(IdentityAttnProcessor(block, attached))
+        yield attached
+    finally:
+        hook.remove()
+        for attention, processor in zip(modules, before, strict=True):
+            attention.set_processor(processor)

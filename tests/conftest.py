@@ -1,0 +1,107 @@
+"""Fixtures shared by all tests: the folder of real data, a tiny preset and records to train on."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from omniid.config import Preset, load_preset
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder with real photos and small models; skips where it is missing."""
+    folder = Path(os.environ.get("OMNIID_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real test data not found at {folder}; name its folder in OMNIID_TEST_DATA")
+    return folder
+
+
+TINY = [
+    "tower.image_size=32", "tower.patch_size=8", "tower.width=32", "tower.num_layers=2", "tower.num_heads=2", "tower.mlp_dim=64",
+    "encoder.num_queries=6", "encoder.width=32", "encoder.num_heads=2",
+    "decoder.image_size=32", "decoder.patch_size=4", "decoder.width=32", "decoder.num_heads=2",
+    "base.image_size=32", "base.max_sequence_length=8", "base.num_inference_steps=2",
+    "base.sizes.num_double_blocks=1", "base.sizes.num_single_blocks=2", "base.sizes.num_heads=2", "base.sizes.head_dim=16",
+    "base.sizes.axes_dims=[4, 6, 6]", "base.sizes.t5_width=16", "base.sizes.t5_layers=1", "base.sizes.t5_heads=2",
+    "base.sizes.clip_width=16", "base.sizes.clip_layers=1", "base.sizes.clip_heads=2",
+    *(f"train.{stage}.{setting}" for stage in ("base", "mtd", "flow") for setting in (
+        "batch_identities=4", "num_targets=2", "warmup_steps=2", "steps=8", "save_every=3", "sample_every=4", "log_every=1",
+        "precision=fp32",
+    )),
+    "train.base.autoencoder_steps=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Preset:
+    """The mini preset at sizes that take milliseconds."""
+    return load_preset("mini", TINY)
+
+
+def make_rows(num_people: int, images_per_person: int, size: int, seed: int, split: str) -> list[dict]:
+    """Identity records of blob faces: each person is a colour pattern, each image a shift of it."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((size, size), bool)
+    mask[size // 4 : -size // 8, size // 4 : -size // 4] = True
+    rows = []
+    for person in range(num_people):
+        pattern = Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((size, size))
+        shifts = rng.integers(-2, 3, (images_per_person, 2))
+        images = [np.roll(np.asarray(pattern), shift, (0, 1)) for shift in shifts]
+        rows.append(
+            {
+                "identity_id": f"{split}-{person}",
+                "images": [encoded(image, "JPEG") for image in images],
+                "masks": [encoded(mask, "PNG")] * images_per_person,
+                "landmarks": [[[0.0, 0.0]] * 5] * images_per_person,
+                "pose": [[0.0, 0.0, 0.0]] * images_per_person,
+                "quality": [1.0] * images_per_person,
+                "captions": ["photo of a person"] * images_per_person,
+                "source": "test",
+                "split": split,
+            }
+        )
+    return rows
+
+
+def encoded(array: np.ndarray, kind: str) -> bytes:
+    """An image array as bytes of a file of the given kind."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_rows(rows: list[dict], path: Path) -> None:
+    """One Parquet shard."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small identity records with train and validation splits."""
+    folder = tmp_path_factory.mktemp("records")
+    write_rows(make_rows(10, 6, 32, seed=1, split="train"), folder / "train-00000.parquet")
+    write_rows(make_rows(4, 6, 32, seed=2, split="validation"), folder / "validation-00000.parquet")
+    return folder
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,112 @@
+"""Few-to-many batches: pure functions of records, seed and step."""
+
+import numpy as np
+import pytest
+import torch
+
+from omniid.data.few_to_many import FewToManyBatches
+from omniid.data.records import RecordError, decode_image, decode_mask, open_records
+
+
+def batches(rows, **changes):
+    settings = dict(size=32, batch_identities=4, num_inputs=(1, 3), num_targets=2, seed=5, steps=50) | changes
+    return FewToManyBatches(rows, **settings)
+
+
+@pytest.fixture(scope="module")
+def rows(records):
+    return open_records(records, "train")
+
+
+def test_shapes_and_packing(rows):
+    batch = batches(rows)[0].to_device(torch.device("cpu"))
+    counts = batch.cu_inputs.diff()
+    assert batch.cu_inputs[0] == 0 and batch.cu_inputs[-1] == len(batch.inputs)
+    assert ((counts >= 1) & (counts <= 3)).all()
+    assert batch.targets.shape == (4, 2, 3, 32, 32) and batch.masks.shape == (4, 2, 32, 32)
+    assert batch.targets.min() >= -1 and batch.targets.max() <= 1 and batch.targets.min() < 0
+    assert batch.masks.any() and not batch.masks.all()
+    assert [len(texts) for texts in batch.captions] == [2, 2, 2, 2]
+
+
+def test_a_step_is_reproducible_and_steps_differ(rows):
+    one, again, other = batches(rows)[7], batches(rows)[7], batches(rows)[8]
+    assert torch.equal(one.inputs, again.inputs) and torch.equal(one.targets, again.targets)
+    assert one.identity_ids != other.identity_ids
+
+
+def test_an_epoch_shows_everyone_once(rows):
+    seen = [name for step in range(5) for name in batches(rows, batch_identities=2)[step].identity_ids]
+    assert sorted(seen) == sorted(rows["identity_id"])
+
+
+def test_ranks_share_the_global_batch(rows):
+    whole = batches(rows)[3]
+    parts = [batches(rows, rank=rank, world_size=2)[3] for rank in range(2)]
+    assert sorted(whole.identity_ids) == sorted(parts[0].identity_ids + parts[1].identity_ids)
+
+
+def test_targets_are_other_photos(rows):
+    for step in range(6):
+        batch = batches(rows, num_inputs=(2, 2), num_targets=4)[step]
+        for b in range(4):
+            inputs = {image.numpy().tobytes() for image in batch.inputs[batch.cu_inputs[b] : batch.cu_inputs[b + 1]]}
+            targets = {image.numpy().tobytes() for image in batch.targets[b]}
+            # Records hold rolled copies of one pattern, so equal photos can occur; most differ.
+            assert len(targets - inputs) >= len(targets) - 2
+
+
+def test_more_targets_than_photos_repeat_photos(rows):
+    assert batches(rows, num_targets=8)[0].targets.shape[1] == 8
+
+
+def damaged(rows, *places):
+    """The rows as a list, with the images at the given places cut off."""
+    listed = [dict(rows[i]) for i in range(len(rows))]
+    for place in places:
+        listed[place] = listed[place] | {"images": [data[:40] for data in listed[place]["images"]]}
+    return listed
+
+
+def test_a_damaged_record_is_replaced_and_reported(rows):
+    bad = damaged(rows, 3)
+    reported = [text for step in range(5) for text in batches(bad, batch_identities=2)[step].skipped]
+    assert len(reported) == 1 and reported[0].startswith("train-3: damaged JPEG")
+
+
+def test_only_damaged_records_end_the_run(rows):
+    with pytest.raises(RecordError, match="records in a row are damaged"):
+        batches(damaged(rows, *range(10)))[0]
+
+
+def test_batch_must_split_evenly(rows):
+    with pytest.raises(RecordError, match="not a multiple of the 3 processes"):
+        batches(rows, world_size=3)
+
+
+def test_missing_folder_and_split(records, tmp_path):
+    with pytest.raises(RecordError, match="omniid data synth"):
+        open_records(tmp_path, "train")
+    with pytest.raises(RecordError, match="'test'"):
+        open_records(records, "test")
+
+
+def test_damaged_shard(tmp_path):
+    (tmp_path / "train-00000.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(RecordError, match="cannot be read"):
+        open_records(tmp_path, "train")
+
+
+@pytest.mark.parametrize("size", [16, 32, 40])
+def test_images_come_in_the_size_asked_for(rows, size):
+    assert decode_image(rows[0]["images"][0], size).shape == (size, size, 3)
+    mask = decode_mask(rows[0]["masks"][0], size)
+    assert mask.shape == (size, size) and mask.dtype == np.bool_
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"plain text"])
+def test_bytes_that_are_no_image(data):
+    with pytest.raises(RecordError, match="damaged JPEG"):
+        decode_image(data, 32)
+    with pytest.raises(RecordError, match="damaged mask"):
+        decode_mask(data, 32)

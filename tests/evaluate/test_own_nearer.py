@@ -1,0 +1,30 @@
+"""Share of generated faces nearer to their own person."""
+
+import numpy as np
+import pytest
+
+from omniid.evaluate.own_nearer import own_nearer_share
+
+
+@pytest.fixture
+def people():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(40, 1, 8)) * 5
+    return centres + rng.normal(size=(40, 3, 8)), rng
+
+
+def test_right_faces_score_one_and_strangers_half(people):
+    photos, rng = people
+    assert own_nearer_share(photos[:, :2], photos, np.random.default_rng(1)) == 1.0
+    strangers = rng.normal(size=(40, 20, 8)) * 5
+    assert own_nearer_share(strangers, photos, np.random.default_rng(1)) == pytest.approx(0.5, abs=0.1)
+
+
+def test_two_people_swapped_score_zero(people):
+    photos, _ = people
+    assert own_nearer_share(photos[1::-1], photos[:2], np.random.default_rng(1)) == 0.0
+
+
+def test_bad_input(people):
+    with pytest.raises(ValueError, match="at least two people"):
+        own_nearer_share(people[0][:1], people[0][:1], np.random.default_rng(1))

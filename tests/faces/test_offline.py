@@ -1,0 +1,215 @@
+"""The offline face backend on real photos: every face found and aligned, the recogniser tells people apart."""
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from omniid.faces import FaceError, SeveralFacesWarning, analyzer
+from omniid.faces.align import TEMPLATE, apply, similarity_to_template
+from omniid.faces.offline import _pose
+
+DATA = Path(os.environ.get("OMNIID_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+needs_photos = pytest.mark.skipif(
+    not (DATA / "london").is_dir(), reason=f"no real photos at {DATA}; set OMNIID_TEST_DATA"
+)
+
+
+@pytest.fixture(scope="module")
+def finder():
+    return analyzer("offline")
+
+
+@pytest.fixture(scope="module")
+def london(finder):
+    """Name -> (Face, crop of 128 px) of all photos."""
+    faces = {path.stem: finder.analyze(path) for path in sorted((DATA / "london").glob("*.jpg"))}
+    return {name: (face, finder.crop(face, 128)) for name, face in faces.items()}
+
+
+@pytest.fixture
+def portrait() -> Image.Image:
+    return Image.open(DATA / "london" / "002_neutral.jpg").convert("RGB")
+
+
+def eye_distance(face) -> float:
+    return float(np.linalg.norm(face.points[1] - face.points[0]))
+
+
+@needs_photos
+def test_every_london_photo_shows_one_face_upright_and_frontal(london):
+    assert len(london) == 116
+    assert all(face.num_faces == 1 for face, _ in london.values())
+    yaw, pitch, roll = np.array([face.pose for face, _ in london.values()]).T
+    assert abs(yaw).max() < 15
+    assert abs(roll).max() < 8
+    assert abs(np.median(pitch)) < 8
+    assert all(0.5 < face.quality <= 1 for face, _ in london.values())
+
+
+@needs_photos
+def test_points_agree_with_the_annotated_landmarks(london):
+    annotated = np.load(DATA / "london" / "landmarks478.npz")
+    errors = []
+    for name, (face, _) in london.items():
+        points = annotated[name][:, :2]
+        # Corners of the person's right and left eye in the 478-point order.
+        eyes = np.stack([points[[33, 133]].mean(0), points[[362, 263]].mean(0)])
+        errors.append(np.linalg.norm(face.points[:2] - eyes, axis=1).mean() / eye_distance(face))
+    assert np.median(errors) < 0.04
+    assert np.max(errors) < 0.1
+
+
+@needs_photos
+@pytest.mark.parametrize("path", sorted((DATA / "casual").glob("*.jpg")), ids=lambda path: path.stem)
+def test_casual_photos_show_a_face_whose_points_land_on_the_template(finder, path):
+    face = finder.analyze(path)
+    landed = apply(similarity_to_template(face.points, 128), face.points)
+    # Roll, place and size are taken out; what is left is the proportion of this face.
+    assert np.abs(landed - TEMPLATE * 128).max() < 10
+    assert finder.crop(face, 96).shape == (96, 96, 3)
+
+
+@needs_photos
+def test_descriptors_tell_people_apart(finder, london):
+    names = list(london)
+    codes = finder.descriptors([crop for _, crop in london.values()])
+    assert codes.shape == (116, 128)
+    assert codes.dtype == np.float32
+    distance = np.linalg.norm(codes[:, None] - codes[None], axis=2)
+    person = np.array([name.split("_")[0] for name in names])
+    upper = np.triu(np.ones_like(distance, bool), 1)
+    same = distance[upper & (person[:, None] == person[None])]
+    other = distance[upper & (person[:, None] != person[None])]
+    assert (same[:, None] < other[None]).mean() > 0.999
+    assert same.mean() < 0.35
+    assert other.mean() > 0.7
+
+
+@needs_photos
+def test_the_chip_of_a_crop_is_the_one_dlib_would_cut(finder, london):
+    import dlib
+
+    for face, crop in list(london.values())[:8]:
+        pixels = np.asarray(face.image)
+        shape = finder._predictor(pixels, dlib.rectangle(*(round(v) for v in face.box)))
+        chip = dlib.get_face_chip(pixels, shape, 150, 0.25)
+        own = np.array(finder._recogniser.compute_face_descriptor(chip))
+        # The same person in two photos differs by .22 on average.
+        assert np.linalg.norm(finder.descriptor(crop) - own) < 0.2
+
+
+@needs_photos
+def test_descriptors_do_not_depend_on_the_size_of_the_crop_or_the_batch(finder, london):
+    face, crop = london["003_smiling"]
+    alone = finder.descriptor(crop)
+    together = finder.descriptors([london["004_neutral"][1], crop])[1]
+    np.testing.assert_allclose(alone, together, atol=1e-4)
+    large = finder.descriptor(finder.crop(face, 512))
+    assert np.linalg.norm(alone - large) < 0.25
+    assert finder.descriptors([]).shape == (0, 128)
+
+
+def test_a_crop_of_the_wrong_kind_is_refused(finder):
+    with pytest.raises(ValueError, match=r"uint8 \(H, H, 3\), got float32"):
+        finder.descriptor(np.zeros((128, 128, 3), np.float32))
+    with pytest.raises(ValueError, match=r"uint8 \(H, H, 3\)"):
+        finder.descriptor(np.zeros((128, 100, 3), np.uint8))
+
+
+@needs_photos
+@pytest.mark.parametrize("degrees", [-90, -40, -15, 15, 40, 90])
+def test_turned_photos_give_the_same_crop(finder, portrait, degrees):
+    straight = finder.crop(finder.analyze(portrait), 64).astype(float)
+    turned = portrait.rotate(degrees, expand=True, resample=Image.Resampling.BICUBIC, fillcolor=(200, 200, 200))
+    face = finder.analyze(turned)
+    assert abs(face.pose[2] + degrees) < 6  # roll > 0: clockwise in the picture
+    difference = np.abs(finder.crop(face, 64).astype(float) - straight)[16:56, 16:48]
+    assert difference.mean() < 12
+
+
+@needs_photos
+@pytest.mark.parametrize("side", [96, 160, 4000])
+def test_small_and_huge_photos_give_the_same_place(finder, portrait, side):
+    expected = finder.analyze(portrait).points / portrait.width
+    found = finder.analyze(portrait.resize((side, side), Image.Resampling.LANCZOS)).points / side
+    assert np.abs(found - expected).max() < 0.02
+
+
+@needs_photos
+def test_a_photo_filled_by_the_face_is_taken(finder, london):
+    face, _ = london["005_neutral"]
+    left, top, right, bottom = face.box
+    finder.analyze(face.image.crop((round(left), round(top), round(right), round(bottom))))
+
+
+@needs_photos
+def test_a_small_face_in_a_large_photo_is_found(finder, portrait):
+    wide = Image.new("RGB", (2400, 1600), (190, 190, 190))
+    wide.paste(portrait.resize((320, 320)), (1700, 900))
+    face = finder.analyze(wide)
+    assert 1700 < face.points[0, 0] < face.points[1, 0] < 2020
+
+
+@needs_photos
+def test_several_faces_take_the_largest_and_say_so(finder, portrait):
+    other = Image.open(DATA / "london" / "005_neutral.jpg").convert("RGB")
+    both = Image.new("RGB", (1000, 640), (190, 190, 190))
+    both.paste(other.resize((360, 360)), (0, 100))
+    both.paste(portrait, (360, 0))
+    with pytest.warns(SeveralFacesWarning, match=r"shows 2 faces; the largest was taken, number 1.*--face N"):
+        face = finder.analyze(both)
+    assert (face.num_faces, face.index) == (2, 1)
+    assert face.points[0, 0] > 360
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = finder.analyze(both, face=0)
+    assert first.points[1, 0] < 360
+    with pytest.raises(FaceError, match="shows 2 faces, so --face must lie between 0 and 1; got 2"):
+        finder.analyze(both, face=2)
+
+
+@needs_photos
+def test_blur_and_distance_lower_the_quality(finder, portrait):
+    sharp = finder.analyze(portrait).quality
+    assert finder.analyze(portrait.filter(ImageFilter.GaussianBlur(8))).quality < 0.5 * sharp
+    assert finder.analyze(portrait.resize((120, 120))).quality < 0.8 * sharp
+
+
+@needs_photos
+def test_threads_share_one_analyzer(finder):
+    paths = sorted((DATA / "london").glob("00*_neutral.jpg"))[:6]
+    alone = [finder.analyze(path).points for path in paths]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda path: finder.analyze(path).points, paths * 2))
+    np.testing.assert_array_equal(together[:6], alone)
+    np.testing.assert_array_equal(together[6:], alone)
+
+
+@pytest.mark.parametrize("kind", ["plain", "noise"])
+def test_a_photo_without_a_face_is_refused(finder, tmp_path, kind):
+    pixels = np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8)
+    if kind == "plain":
+        pixels[:] = 128
+    Image.fromarray(pixels).save(tmp_path / "wall.png")
+    with pytest.raises(FaceError, match=r"no face found in .*wall\.png; give a photo"):
+        finder.analyze(tmp_path / "wall.png")
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(FaceError, match="unknown face backend 'magic'; use one of: offline"):
+        analyzer("magic")
+
+
+@pytest.mark.parametrize(
+    ("change", "angle", "sign"),
+    [((0.1, 0.0), 0, 1), ((-0.1, 0.0), 0, -1), ((0.0, -0.1), 1, 1), ((0.0, 0.1), 1, -1)],
+    ids=["left", "right", "up", "down"],
+)
+def test_pose_has_the_documented_signs(change, angle, sign):
+    points = TEMPLATE + np.array([[0, 0], [0, 0], np.array(change) * 0.31])
+    assert np.sign(_pose(points)[angle] - _pose(TEMPLATE)[angle]) == sign

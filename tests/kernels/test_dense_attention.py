@@ -1,0 +1,33 @@
+"""Dense attention: both forms against float64."""
+
+import pytest
+import torch
+
+from omniid.kernels.dense_attention import dense_attention, dense_attention_reference
+
+
+def exact(q, k, v, scale):
+    scores = torch.einsum("blhd,bshd->bhls", q.double(), k.double()) * scale
+    return torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v.double())
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 32), (2, 7, 13, 80), (3, 65, 257, 64)], ids=str)
+def test_matches_float64(shape, train, generator):
+    batch, queries, keys, size = shape
+    q = torch.randn(batch, queries, 2, size, generator=generator, requires_grad=train)
+    k, v = torch.randn(2, batch, keys, 2, size, generator=generator)
+    torch.testing.assert_close(dense_attention(q, k, v).double(), exact(q, k, v, size**-0.5), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dense_attention(q, k, v, scale=0.5).double(), exact(q, k, v, 0.5), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients(generator):
+    q, k, v = (torch.randn(2, n, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True) for n in (4, 5, 5))
+    assert torch.autograd.gradcheck(dense_attention, (q, k, v))
+    assert torch.autograd.gradcheck(dense_attention_reference, (q, k, v))
+
+
+def test_bad_shapes():
+    q = torch.rand(2, 4, 2, 32)
+    with pytest.raises(ValueError, match="same B, H and D"):
+        dense_attention(q, q[:1], q[:1])

@@ -1,0 +1,176 @@
+"""The loop: learning, exact resume, faults. Runs the real `mtd` stage at tiny sizes."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from omniid.config import preset_to_toml
+from omniid.data.records import open_records
+from omniid.train.checkpoint import CheckpointError, complete_checkpoints
+from omniid.train.loop import Trainer, TrainingError
+from omniid.train.mtd import MTDStage
+from omniid.train.run import run_stage
+
+
+def trainer(tiny, records, run, resume=False, rows=None, **changes):
+    torch.manual_seed(0)
+    config = dataclasses.replace(tiny.train.mtd, **changes)
+    rows = rows or open_records(records, "train")
+    return Trainer(
+        MTDStage(tiny), tiny, config, rows, open_records(records, "validation"), run, resume=resume, device="cpu", progress=False
+    )
+
+
+def logged(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_leaves_log_samples_checkpoints_and_weights(tiny, records, tmp_path):
+    one = trainer(tiny, records, tmp_path / "run")
+    result = one.run()
+    assert result.step == 8 and len(result.losses) == 8 and not result.interrupted
+    assert [row["step"] for row in logged(tmp_path / "run")] == list(range(1, 9))
+    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-00000006", "checkpoint-00000008"]
+    assert (tmp_path / "run" / "samples" / "step-00000008.png").is_file()
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    one.export(tmp_path / "weights")
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == {"preset.toml", "encoder.safetensors", "decoder.safetensors"}
+
+
+@pytest.mark.slow
+def test_loss_falls_on_a_small_set(tiny, records, tmp_path):
+    rows = open_records(records, "train").select(range(4))
+    result = trainer(tiny, records, tmp_path, rows=rows, steps=300, lr=3e-3, warmup_steps=10, save_every=1000, sample_every=1000).run()
+    assert sum(result.losses[-20:]) < 0.5 * sum(result.losses[:20])
+
+
+def test_resume_repeats_the_uninterrupted_run(tiny, records, tmp_path):
+    whole = trainer(tiny, records, tmp_path / "whole").run()
+    trainer(tiny, records, tmp_path / "parts", steps=8).run()
+    # Throw away the last checkpoint: as if the run had died after step 6.
+    for path in complete_checkpoints(tmp_path / "parts")[-1:]:
+        for child in sorted(path.rglob("*"), reverse=True):
+            child.unlink() if child.is_file() else child.rmdir()
+        path.rmdir()
+    resumed = trainer(tiny, records, tmp_path / "parts", resume=True)
+    assert resumed.step == 6
+    assert resumed.run().losses == whole.losses[6:]
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+
+
+def test_a_run_is_not_overwritten(tiny, records, tmp_path):
+    trainer(tiny, records, tmp_path, steps=3).run()
+    with pytest.raises(TrainingError, match="add --resume"):
+        trainer(tiny, records, tmp_path)
+
+
+def test_checkpoint_of_another_stage_is_refused(tiny, records, tmp_path):
+    one = trainer(tiny, records, tmp_path, steps=3)
+    one.stage.model["decoder"] = torch.nn.Linear(2, 2)
+    one.ema = {name: p.detach().clone() for name, p in one._trained()}
+    one.save()
+    with pytest.raises(CheckpointError, match="another stage or preset"):
+        trainer(tiny, records, tmp_path, resume=True)
+
+
+def test_non_finite_loss_stops_before_the_step(tiny, records, tmp_path):
+    one = trainer(tiny, records, tmp_path, steps=3)
+    with torch.no_grad():
+        one.stage.decoder.head.bias[0] = float("nan")
+    before = {name: p.detach().clone() for name, p in one._trained()}
+    with pytest.raises(TrainingError, match="not finite at step 0 with identities train-"):
+        one.run()
+    assert all(torch.equal(p, before[name]) or p.isnan().any() for name, p in one._trained())
+
+
+def test_too_many_damaged_records_stop_the_run(tiny, records, tmp_path):
+    rows = [dict(row) for row in open_records(records, "train")]
+    rows[2]["images"] = [b"" for _ in rows[2]["images"]]
+    result = trainer(tiny, records, tmp_path / "few", rows=rows).run()
+    assert result.bad_records > 0
+    with pytest.raises(TrainingError, match="max_bad_records=0"):
+        trainer(tiny, records, tmp_path / "none", rows=rows, max_bad_records=0).run()
+
+
+def test_averaged_weights_lag_and_come_back(tiny, records, tmp_path):
+    one = trainer(tiny, records, tmp_path)
+    one.run()
+    trained = [p.detach().clone() for _, p in one._trained()]
+    with one.averaged_weights():
+        averaged = [p.detach().clone() for _, p in one._trained()]
+    assert any(not torch.equal(a, t) for a, t in zip(averaged, trained, strict=True))
+    assert all(torch.equal(p, t) for (_, p), t in zip(one._trained(), trained, strict=True))
+
+
+def test_more_loader_processes_change_nothing(tiny, records, tmp_path):
+    alone = trainer(tiny, records, tmp_path / "a", steps=4).run()
+    assert trainer(tiny, records, tmp_path / "b", steps=4, num_workers=2).run().losses == alone.losses
+
+
+def command(preset, records, run, *more):
+    return [
+        sys.executable, "-P", "-m", "omniid.cli", "train", "mtd", "--preset", str(preset), "--data", str(records),
+        "--run", str(run), "--quiet", "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def preset_file(tiny, tmp_path):
+    path = tmp_path / "tiny.toml"
+    mtd = dataclasses.replace(tiny.train.mtd, steps=60, save_every=4, sample_every=30, keep_checkpoints=2)
+    preset = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, mtd=mtd))
+    path.write_text(preset_to_toml(preset), encoding="utf-8")
+    return path
+
+
+def test_interrupt_saves_and_exits_with_zero(preset_file, records, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(preset_file, records, run, "--set", "train.mtd.steps=100000"), stderr=subprocess.PIPE, text=True)
+    wait_for_steps(run, 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "go on with: omniid train mtd" in errors and "--resume" in errors
+    assert complete_checkpoints(run)[-1].name == f"checkpoint-{logged(run)[-1]['step']:08d}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ten_kills_change_nothing(preset_file, records, tmp_path):
+    """SIGKILL at ten random moments, resumed each time: the log of losses equals the undisturbed run's."""
+    whole = run_stage("mtd", preset_file, records, tmp_path / "whole", device="cpu", progress=False)
+    run, moments, kills = tmp_path / "killed", random.Random(0), 0
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    while kills < 10:
+        process = subprocess.Popen(command(preset_file, records, run, "--resume"), env=environment, stderr=subprocess.DEVNULL)
+        done = len(logged(run)) if (run / "metrics.jsonl").exists() else 0
+        if wait_for_steps(run, min(done + 1, 58), process) is False:
+            break
+        time.sleep(moments.uniform(0, 0.15))
+        process.kill()
+        process.wait()
+        kills += 1
+    subprocess.run(command(preset_file, records, run, "--resume"), check=True, env=environment, stderr=subprocess.DEVNULL)
+    assert kills == 10
+    assert [row["loss"] for row in logged(run)] == whole.losses
+    assert logged(run)[-1]["validation_loss"] == whole.validation_loss
+
+
+def wait_for_steps(run, count, process) -> bool:
+    """Waits until the log holds `count` whole lines; False when the process ended before."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= count:
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    raise AssertionError("the training process made no progress in 60 s")
