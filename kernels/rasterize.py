@@ -61,8 +61,8 @@ def rasterize_reference(
         rows, columns = slice(int(low_y), int(high_y) + 1), slice(int(low_x), int(high_x) + 1)
         px = np.arange(columns.start, columns.stop)[None, :] + 0.5
         py = np.arange(rows.start, rows.stop)[:, None] + 0.5
-        wa = ((bx - px) * (cy - py) - (by - py) * (cx - px)) / area
-        wb = ((cx - px) * (ay - py) - (cy - py) * (ax - px)) / area
+        wa = ((bx - px) * (cy - py) - (by - py) * (cx - px)) * (1.0 / area)
+        wb = ((cx - px) * (ay - py) - (cy - py) * (ax - px)) * (1.0 / area)
         wc = 1.0 - wa - wb
         inverse = wa * (1.0 / az) + wb * (1.0 / bz) + wc * (1.0 / cz)
         visible = (wa >= 0) & (wb >= 0) & (wc >= 0) & (inverse > inverse_depths[rows, columns])
@@ -103,7 +103,7 @@ def _rasterize_native(
     channels = attributes.shape[1]
     ids = np.empty((height, width), dtype=np.int32)
     depths = np.empty((height, width), dtype=np.float32)
-    values = np.empty((height, width, channels), dtype=np.float32)
+    values = np.zeros((height, width, channels), dtype=np.float32)  # the library writes only what is covered
     library().omniid_rasterize(
         *map(_address, (points, triangles)),
         ctypes.c_int64(len(triangles)),

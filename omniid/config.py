@@ -112,7 +112,7 @@ class BaseSizes:
     clip_layers: int
     clip_heads: int
     latent_channels: int = 16
-    vae_channels: tuple[int, ...] = (32, 32, 64, 64)
+    vae_channels: tuple[int, ...] = (48, 48, 48, 48)
 
     def __post_init__(self) -> None:
         _require(sum(self.axes_dims) == self.head_dim, f"base.sizes.axes_dims {self.axes_dims} must sum to head_dim {self.head_dim}")
@@ -159,6 +159,8 @@ class StageConfig:
     """fp32, or bf16 for autocast."""
     timestep_sampling: str = "uniform"
     """Flow matching only: uniform (paper) or logit_normal."""
+    encoder_lr_scale: float = 1.0
+    """Flow stage only: the encoder's learning rate relative to the adapter's."""
     conditioning_dropout: float = 0.0
     """Base stage only: share of captions replaced by the empty prompt."""
     autoencoder_steps: int = 0

@@ -1,6 +1,7 @@
 """omniid data: make and inspect sets of identity records."""
 
 import json
+import os
 
 import click
 
@@ -31,7 +32,13 @@ def data() -> None:
     help="Number of the first person; ranges that do not overlap share nobody.",
 )
 @click.option("--split", default="train", show_default=True, help="Split that the records are written as.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes that render.")
+@click.option(
+    "--workers",
+    default=os.cpu_count,
+    show_default="all CPUs",
+    type=click.IntRange(min=1),
+    help="Processes that render.",
+)
 @_JSON
 def synth(
     folder: str,
@@ -58,17 +65,20 @@ def synth(
 
     start = time.perf_counter()
     with tqdm(total=people, desc="people", unit="person") as bar:
-        write_records(
-            folder,
-            num_people=people,
-            images_per_person=images,
-            size=size,
-            seed=seed,
-            first_person=first_person,
-            split=split,
-            workers=workers,
-            progress=lambda done=1: bar.update(done),
-        )
+        try:
+            write_records(
+                folder,
+                num_people=people,
+                images_per_person=images,
+                size=size,
+                seed=seed,
+                first_person=first_person,
+                split=split,
+                workers=workers,
+                progress=lambda done, total: bar.update(done - bar.n),
+            )
+        except ValueError as error:  # records of other arguments in the folder, or a split's name that is no word
+            raise click.ClickException(str(error)) from error
     seconds = time.perf_counter() - start
     facts = {
         "folder": folder,

@@ -8,11 +8,16 @@
 
 namespace {
 
-struct Coverage {
-    double inverse_depth;
-    double weight0, weight1;  // perspective-correct weights of the first two corners
-    int32_t triangle;
+struct Corner {
+    double x, y, inverse_depth;
 };
+
+Corner corner(const float* point) { return {point[0], point[1], 1.0 / point[2]}; }
+
+// Twice the signed area of (p, q, pixel).
+inline double edge(const Corner& p, const Corner& q, double x, double y) {
+    return (p.x - x) * (q.y - y) - (p.y - y) * (q.x - x);
+}
 
 }  // namespace
 
@@ -21,57 +26,67 @@ struct Coverage {
 // attributes  (num_points, channels)
 // ids         (height, width) out: nearest triangle, -1 where none
 // depths      (height, width) out: depth, +infinity where none
-// values      (height, width, channels) out: interpolated attributes, 0 where none
-extern "C" void omniid_rasterize(const float* points, const int32_t* triangles, int64_t num_triangles,
+// values      (height, width, channels) in: zeros; out: interpolated attributes where there is a triangle
+// AVX2 for its rounding instructions: the baseline calls a function for each ceil and floor.
+extern "C" __attribute__((target_clones("avx2", "default"))) void omniid_rasterize(const float* points, const int32_t* triangles, int64_t num_triangles,
                                  const float* attributes, int64_t channels, int64_t height, int64_t width,
                                  int32_t* ids, float* depths, float* values) {
-    std::vector<Coverage> buffer(static_cast<size_t>(height * width), Coverage{0.0, 0.0, 0.0, -1});
+    std::vector<double> nearest(static_cast<size_t>(height * width), 0.0);
+    std::fill(ids, ids + height * width, -1);
     for (int64_t t = 0; t < num_triangles; ++t) {
-        const float* a = points + 3 * static_cast<int64_t>(triangles[3 * t]);
-        const float* b = points + 3 * static_cast<int64_t>(triangles[3 * t + 1]);
-        const float* c = points + 3 * static_cast<int64_t>(triangles[3 * t + 2]);
-        if (a[2] <= 0 || b[2] <= 0 || c[2] <= 0) continue;
-        const double ax = a[0], ay = a[1], bx = b[0], by = b[1], cx = c[0], cy = c[1];
-        const double area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax);
-        if (std::fabs(area) < 1e-12) continue;
+        const float* pa = points + 3 * static_cast<int64_t>(triangles[3 * t]);
+        const float* pb = points + 3 * static_cast<int64_t>(triangles[3 * t + 1]);
+        const float* pc = points + 3 * static_cast<int64_t>(triangles[3 * t + 2]);
+        if (pa[2] <= 0 || pb[2] <= 0 || pc[2] <= 0) continue;
         // Clamped before the cast: a point far outside must not overflow the integer.
-        const double low_x = std::max(std::ceil(std::min({ax, bx, cx}) - 0.5), 0.0);
-        const double high_x = std::min(std::floor(std::max({ax, bx, cx}) - 0.5), static_cast<double>(width - 1));
-        const double low_y = std::max(std::ceil(std::min({ay, by, cy}) - 0.5), 0.0);
-        const double high_y = std::min(std::floor(std::max({ay, by, cy}) - 0.5), static_cast<double>(height - 1));
+        const double min_x = std::min({pa[0], pb[0], pc[0]}), max_x = std::max({pa[0], pb[0], pc[0]});
+        const double min_y = std::min({pa[1], pb[1], pc[1]}), max_y = std::max({pa[1], pb[1], pc[1]});
+        const double low_x = std::max(std::ceil(min_x - 0.5), 0.0);
+        const double high_x = std::min(std::floor(max_x - 0.5), static_cast<double>(width - 1));
+        const double low_y = std::max(std::ceil(min_y - 0.5), 0.0);
+        const double high_y = std::min(std::floor(max_y - 0.5), static_cast<double>(height - 1));
         if (low_x > high_x || low_y > high_y) continue;
-        const double ia = 1.0 / a[2], ib = 1.0 / b[2], ic = 1.0 / c[2];
+        const Corner a = corner(pa), b = corner(pb), c = corner(pc);
+        const double area = (b.x - a.x) * (c.y - a.y) - (b.y - a.y) * (c.x - a.x);
+        if (std::fabs(area) < 1e-12) continue;
+        const double scale = 1.0 / area;
+        const int64_t first_x = static_cast<int64_t>(low_x), last_x = static_cast<int64_t>(high_x);
         for (int64_t y = static_cast<int64_t>(low_y); y <= static_cast<int64_t>(high_y); ++y) {
-            const double py = y + 0.5;
-            Coverage* row = buffer.data() + y * width;
-            for (int64_t x = static_cast<int64_t>(low_x); x <= static_cast<int64_t>(high_x); ++x) {
-                const double px = x + 0.5;
-                const double wa = ((bx - px) * (cy - py) - (by - py) * (cx - px)) / area;
-                const double wb = ((cx - px) * (ay - py) - (cy - py) * (ax - px)) / area;
+            double* row = nearest.data() + y * width;
+            for (int64_t x = first_x; x <= last_x; ++x) {
+                const double wa = edge(b, c, x + 0.5, y + 0.5) * scale;
+                const double wb = edge(c, a, x + 0.5, y + 0.5) * scale;
                 const double wc = 1.0 - wa - wb;
                 if (wa < 0 || wb < 0 || wc < 0) continue;
-                const double inverse = wa * ia + wb * ib + wc * ic;
-                if (inverse <= row[x].inverse_depth) continue;
-                row[x] = Coverage{inverse, wa * ia / inverse, wb * ib / inverse, static_cast<int32_t>(t)};
+                const double inverse = wa * a.inverse_depth + wb * b.inverse_depth + wc * c.inverse_depth;
+                if (inverse <= row[x]) continue;
+                row[x] = inverse;
+                ids[y * width + x] = static_cast<int32_t>(t);
             }
         }
     }
+    // Attributes only for what is visible: the weights are computed again rather than kept for every pixel.
     for (int64_t pixel = 0; pixel < height * width; ++pixel) {
-        const Coverage& hit = buffer[pixel];
-        float* value = values + pixel * channels;
-        ids[pixel] = hit.triangle;
-        if (hit.triangle < 0) {
+        if (ids[pixel] < 0) {
             depths[pixel] = std::numeric_limits<float>::infinity();
-            std::fill(value, value + channels, 0.0f);
             continue;
         }
-        depths[pixel] = static_cast<float>(1.0 / hit.inverse_depth);
-        const int32_t* corner = triangles + 3 * static_cast<int64_t>(hit.triangle);
-        const float* a = attributes + channels * static_cast<int64_t>(corner[0]);
-        const float* b = attributes + channels * static_cast<int64_t>(corner[1]);
-        const float* c = attributes + channels * static_cast<int64_t>(corner[2]);
-        const float wa = static_cast<float>(hit.weight0), wb = static_cast<float>(hit.weight1);
-        const float wc = static_cast<float>(1.0 - hit.weight0 - hit.weight1);
-        for (int64_t k = 0; k < channels; ++k) value[k] = wa * a[k] + wb * b[k] + wc * c[k];
+        const double depth = 1.0 / nearest[pixel];
+        depths[pixel] = static_cast<float>(depth);
+        if (channels == 0) continue;
+        const int32_t* index = triangles + 3 * static_cast<int64_t>(ids[pixel]);
+        const Corner a = corner(points + 3 * static_cast<int64_t>(index[0]));
+        const Corner b = corner(points + 3 * static_cast<int64_t>(index[1]));
+        const Corner c = corner(points + 3 * static_cast<int64_t>(index[2]));
+        const double area = (b.x - a.x) * (c.y - a.y) - (b.y - a.y) * (c.x - a.x);
+        const double x = pixel % width + 0.5, y = pixel / width + 0.5;
+        const double wa = edge(b, c, x, y) * (1.0 / area) * a.inverse_depth * depth;
+        const double wb = edge(c, a, x, y) * (1.0 / area) * b.inverse_depth * depth;
+        const float fa = static_cast<float>(wa), fb = static_cast<float>(wb), fc = static_cast<float>(1.0 - wa - wb);
+        const float* va = attributes + channels * static_cast<int64_t>(index[0]);
+        const float* vb = attributes + channels * static_cast<int64_t>(index[1]);
+        const float* vc = attributes + channels * static_cast<int64_t>(index[2]);
+        float* value = values + pixel * channels;
+        for (int64_t k = 0; k < channels; ++k) value[k] = fa * va[k] + fb * vb[k] + fc * vc[k];
     }
 }

@@ -41,7 +41,7 @@ def evaluate(weights: str | Path = "mini", real_folder: str | Path | None = None
         scores[f"inputs_{num_inputs}"] = reconstruction(encoder, decoder, people, num_inputs)
     if (folder / "adapter.safetensors").is_file():
         say("generating them")
-        scores["own_nearer_share"] = generation(encoder, folder, people)
+        scores["own_nearer_share"] = generation(encoder, folder, people, preset.base.prompt)
     if real_folder is not None:
         say(f"redrawing real people of {real_folder}")
         scores["real"] = reconstruction(encoder, decoder, neutral_and_smiling(real_folder, size), 1)
@@ -83,8 +83,8 @@ def reconstruction(encoder: OmniIDEncoder, decoder: MaskedDecoder, people: Peopl
     return {name: getattr(result, name) for name in result.__slots__}
 
 
-def generation(encoder: OmniIDEncoder, folder: Path, people: People, num_inputs: int = NUM_INPUTS) -> float:
-    """`own_nearer_share` of one generated face per person (fixed prompt of training), by dlib's recogniser."""
+def generation(encoder: OmniIDEncoder, folder: Path, people: People, prompt: str, num_inputs: int = NUM_INPUTS) -> float:
+    """`own_nearer_share` of one generated face per person, by dlib's recogniser."""
     from omniid.faces import analyzer
     from omniid.generate import load_generator
 
@@ -92,7 +92,7 @@ def generation(encoder: OmniIDEncoder, folder: Path, people: People, num_inputs:
     recogniser = analyzer("offline")
     faces = []
     for index, identity in enumerate(identities_of(encoder, encode_people(encoder, people, num_inputs), num_inputs)):
-        faces += generator.generate(identity, generator.preset.base.prompt, seed=SEED + index)
+        faces += generator.generate(identity, prompt, seed=SEED + index)
     generated = recogniser.descriptors([np.asarray(face) for face in faces])
     photos = ((people.targets + 1) * 127.5).round().to(torch.uint8).permute(0, 1, 3, 4, 2).flatten(0, 1).numpy()
     described = recogniser.descriptors(list(photos)).reshape(len(people.names), -1, generated.shape[-1])

@@ -291,7 +291,9 @@ _NOSE_DROP, _NOSE_DEPTH = 0.70, 0.45
 def _pose(points: np.ndarray) -> tuple[float, float, float]:
     """Yaw, pitch, roll in degrees from eye centres and nose base, as if every face had the same proportions.
 
-    People's proportions differ, so expect errors of about 10 degrees in pitch and 5 in yaw.
+    Proportions differ between people: over 116 frontal photos the pitch spreads by 10 degrees and the yaw by 3; on
+    synthetic heads to 45 degrees of yaw the mean error of yaw is 6 degrees. Good enough to see which poses a set of
+    photos covers, not to measure them.
     """
     right_eye, left_eye, nose = points[:3]
     across = left_eye - right_eye

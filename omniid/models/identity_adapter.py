@@ -40,9 +40,11 @@ class IdentityKV:
     def to(self, *args, **kwargs) -> "IdentityKV":
         return IdentityKV(self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs))
 
-    def expand(self, batch: int) -> "IdentityKV":
-        """The same identity for every picture of a batch, without a copy."""
-        return IdentityKV(self.keys.expand(-1, batch, -1, -1, -1), self.values.expand(-1, batch, -1, -1, -1))
+    def repeat(self, times: int) -> "IdentityKV":
+        """Every identity `times` times in a row: B becomes B * times."""
+        if times == 1:
+            return self
+        return IdentityKV(self.keys.repeat_interleave(times, dim=1), self.values.repeat_interleave(times, dim=1))
 
 
 @dataclass(slots=True)

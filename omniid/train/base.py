@@ -21,8 +21,10 @@ CROP_SIZE = 64
 """The autoencoder learns from crops of this size: it is convolutional, and a step costs a quarter of whole pictures."""
 LATENT_NOISE = 0.1
 """Largest standard deviation of noise added to latents before decoding, so that small errors of the flow stay small."""
-AUTOENCODER_RATE, STATISTICS_RATE = 1.7, 30.0
-"""Learning rates of the autoencoder and of its latents' statistics relative to the stage's."""
+AUTOENCODER_RATE = 1.7
+"""Learning rate of the autoencoder relative to the stage's, which is chosen for the transformer."""
+NUM_CROPS = 24
+"""Crops of a step: the autoencoder gains more from many steps than from large batches."""
 GUIDANCE_RANGE = (1.0, 6.0)
 """The base is not distilled from guided samples, so its guidance input has nothing to learn. It is drawn from this
 range, independent of the picture, and the model learns to give the same answer for every value a user may ask for."""
@@ -49,24 +51,24 @@ class AutoencoderStage:
         self.model = StandardLatents(self.pipeline.vae)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        images = random_crop(batch.targets.flatten(0, 1), CROP_SIZE, generator)
-        latents, statistics_loss = self.model.encode(images)
+        images = random_crops(batch.targets.flatten(0, 1), NUM_CROPS, CROP_SIZE, generator)
+        latents = self.model.encode(images)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         strength = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator).to(latents.device)
         decoded = self.model.vae.decode(latents + strength * noise).sample.float()
         error = reconstruction_error(decoded, images)
         psnr = -10 * ((decoded.detach().clamp(-1, 1) - images) / 2).square().mean().log10()
-        return error + statistics_loss, {"reconstruction": error.detach(), "psnr": psnr}
+        return error, {"psnr": psnr}
 
     def learning_rate_scale(self, name: str) -> float:
         """The autoencoder bears a higher rate than the transformer whose settings it shares."""
-        return AUTOENCODER_RATE if name.startswith("vae.") else STATISTICS_RATE
+        return AUTOENCODER_RATE
 
     @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Rows: up to eight pictures. Columns: the picture, its reconstruction."""
         images = batch.targets[:8, 0]
-        decoded = self.model.vae.decode(self.model.encode(images)[0]).sample.float().clamp(-1, 1)
+        decoded = self.model.vae.decode(self.model.encode(images)).sample.float().clamp(-1, 1)
         return torch.stack([images, decoded], dim=1)
 
     def export(self, folder: Path) -> None:
@@ -77,27 +79,29 @@ class AutoencoderStage:
 class StandardLatents(nn.Module):
     """An autoencoder whose latent channels have mean 0 and standard deviation 1, as noise has.
 
-    Training normalises by the batch. What inference needs, mean and deviation over many batches, are parameters that
-    a loss of their own draws to what each batch shows, so that averaging and checkpoints treat them like any weight;
-    `folded` moves them into the encoder's last convolution.
+    Training normalises by the batch. Inference needs the mean and deviation over many batches: they are tracked in
+    parameters without gradient steps, which the loop averages and checkpoints like weights, and `folded` moves them
+    into the encoder's last convolution.
     """
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: nn.Module, momentum: float = 0.1):
         super().__init__()
-        self.vae = vae.to(memory_format=torch.channels_last)
+        self.vae, self.momentum = vae.to(memory_format=torch.channels_last), momentum
         channels = vae.config.latent_channels
         self.mean = nn.Parameter(torch.zeros(channels))
         self.log_deviation = nn.Parameter(torch.zeros(channels))
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1], and the loss of the tracked statistics."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Normalised latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]."""
         latents = self.vae.encode(images).latents.float()
-        mean = latents.mean(dim=(0, 2, 3))
-        deviation = latents.std(dim=(0, 2, 3)).clamp_min(1e-4)
-        loss = (self.mean - mean.detach()).square() + (self.log_deviation - deviation.detach().log()).square()
-        if not self.training:
+        if self.training:
+            mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)).clamp_min(1e-4)
+            with torch.no_grad():
+                self.mean.lerp_(mean, self.momentum)
+                self.log_deviation.lerp_(deviation.log(), self.momentum)
+        else:
             mean, deviation = self.mean, self.log_deviation.exp()
-        return (latents - mean.view(1, -1, 1, 1)) / deviation.view(1, -1, 1, 1), loss.mean()
+        return (latents - mean.view(1, -1, 1, 1)) / deviation.view(1, -1, 1, 1)
 
     @torch.no_grad()
     def folded(self) -> nn.Module:
@@ -182,14 +186,17 @@ def save_base(pipeline, folder: Path, dtype: torch.dtype = torch.bfloat16, **rep
     fresh.rename(folder)
 
 
-def random_crop(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """The same random square of every image (B, 3, H, W), its corner on the grid of latents; images if smaller."""
+def random_crops(images: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
+    """One random square of `count` random images (B, 3, H, W), its corner on the grid of latents.
+
+    Images of `size` or less are taken whole; fewer than `count` images are all taken.
+    """
     height, width = images.shape[-2:]
-    if height <= size or width <= size:
-        return images
-    top = 8 * int(torch.randint((height - size) // 8 + 1, (), generator=generator))
-    left = 8 * int(torch.randint((width - size) // 8 + 1, (), generator=generator))
-    crops = images[..., top : top + size, left : left + size]
+    chosen = torch.randperm(len(images), generator=generator)[:count].to(images.device)
+    top, left = (
+        8 * int(torch.randint(max(side - size, 0) // 8 + 1, (), generator=generator)) for side in (height, width)
+    )
+    crops = images[chosen, :, top : top + size, left : left + size]
     return crops.contiguous(memory_format=torch.channels_last)
 
 

@@ -106,9 +106,11 @@ def grow_hair(rng: np.random.Generator, model: HeadModel, traits: Traits, style:
     points, normals, places, triangles = subdivide(points, normals, places, triangles)
     inside = places[:, 1] - hairline(style, places)
     bumps = noise(places[:, 0] * (4 + 8 * style.curl) + 7, (places[:, 1] + 0.7 * places[:, 2]) * (4 + 8 * style.curl)) - 0.5
-    lift = style.thickness * smoothstep(-0.1, 0.4, inside) * (1 + (0.5 + 0.5 * style.curl) * bumps)
+    lift = style.thickness * smoothstep(-0.05, 0.4, inside) * (1 + (0.5 + 0.5 * style.curl) * bumps)
     # Long hair hangs: the shell bulges less at the back of the neck than at the crown.
     points = points + normals * (0.006 + lift)[:, None]
+    # What the hairline makes transparent must not stand in front of hair behind it.
+    triangles = triangles[(inside[triangles] > -0.08).any(1)]
     margins = np.zeros((len(points), 2), dtype=np.float32)
     if style.end != NO_CURTAIN:
         curtain, faces, curtain_margins = _curtain(noise, style, vertices, canonical)
@@ -142,11 +144,15 @@ def _curtain(
     below = smoothstep(6.9, 5.8, height)
     radius_x = (0.70 * width + style.thickness * 0.8 + 0.13 * over_ears - 0.1 * below) * (1 + wave)
     radius_z = (0.93 * back + style.thickness * 0.8 - 0.12 * below) * (1 + wave)
+    # The front edges bend inwards until they lie on the cheeks.
+    off_front = np.minimum(angle, 2 * np.pi - angle) - np.radians(style.opening - 8)
+    inwards = 1 - 0.2 * smoothstep(0.6, 0.0, off_front)
+    radius_x, radius_z = radius_x * inwards, radius_z * inwards
     x = radius_x * np.sin(angle)
     z = 0.22 + radius_z * np.cos(angle) * np.where(np.cos(angle) > 0, 0.85, 1.0)
     y = np.broadcast_to(height, x.shape)
     points = np.stack([x, y, z], axis=-1).reshape(-1, 3)
-    from_front = (np.minimum(angle, 2 * np.pi - angle) - np.radians(style.opening - 8)) * 0.8
+    from_front = off_front * 0.8
     from_end = (height - style.end) * 0.8
     margin = np.minimum(np.broadcast_to(from_front, x.shape), np.broadcast_to(from_end, x.shape)) - 0.05
     margins = np.stack([np.ones_like(margin), margin], axis=-1).reshape(-1, 2)

@@ -38,7 +38,7 @@ OPPOSITES = {
     "decr": "incr", "down": "up", "in": "out", "backward": "forward", "concave": "convex", "compress": "uncompress",
 }  # fmt: skip
 ETHNICITIES, SEXES, AGES = ("african", "asian", "caucasian"), ("female", "male"), ("young", "old")
-BODY_FLOOR = 4.7  # lower end of the mesh: just below the shoulders, so that a loose framing never shows an open neck
+BODY_FLOOR, BODY_SIDE = 3.6, 3.0  # the mesh ends below and beside what the loosest framing shows
 
 
 class SyntheticError(OmniIDError):
@@ -137,7 +137,7 @@ def _build(source: Path) -> HeadModel:
     }  # fmt: skip
     materials = np.array([material_of_group.get(group, -1) for group in groups], dtype=np.int8)
     corners = points[faces]  # (F, 4, 3)
-    kept = (materials >= 0) & (corners[..., 1].min(1) > BODY_FLOOR) & (np.abs(corners[..., 0]).max(1) < 2.4)
+    kept = (materials >= 0) & (corners[..., 1].min(1) > BODY_FLOOR) & (np.abs(corners[..., 0]).max(1) < BODY_SIDE)
     centre_uv = coordinates[face_coordinates].mean(1)
     # The cavity of the mouth is a chart of its own, at the bottom right of MakeHuman's texture layout.
     materials[(materials == SKIN) & (centre_uv[:, 0] > 0.74) & (centre_uv[:, 1] < 0.14)] = MOUTH

@@ -10,6 +10,7 @@ import numpy as np
 
 from .hair import Hair, grow_hair, sample_hair_style
 from .head_model import AGES, ETHNICITIES, SEXES, HeadModel, head_model
+from .colour import to_linear
 from .skin import paint_skin
 from .traits import Traits
 
@@ -23,20 +24,20 @@ class Person:
     vertices: np.ndarray
     """(V, 3) float32, the shaped head at rest, decimetres."""
     texture: np.ndarray
-    """(S, S, 3) float32 in [0, 1], sRGB skin with brows, beard and marks (see `head_model.texture_coordinates`)."""
+    """(S, S, 3) float32 in [0, 1], linear light: skin with brows, beard and marks (see `head_model.texture_coordinates`)."""
     hair: Hair | None
     """None for a shaved head."""
 
     @classmethod
     def sample(cls, seed: int) -> "Person":
-        """The person of that seed; the same on every machine. Raises ValueError for a negative seed."""
+        """The person of that seed; always the same one. Raises ValueError for a negative seed."""
         if seed < 0:
             raise ValueError(f"seed is {seed}, expected 0 or more")
         model = head_model()
         rng = np.random.default_rng([20241, seed])
         traits = Traits.sample(rng)
         vertices = _shape(rng, model, traits)
-        texture = paint_skin(rng, model, traits)
+        texture = to_linear(paint_skin(rng, model, traits))
         style = sample_hair_style(rng, traits)
         hair = grow_hair(rng, model, traits, style, vertices) if style is not None else None
         traits = dataclasses.replace(traits, hair_style=style.name if style is not None else "bald")
@@ -80,7 +81,11 @@ def _shape(rng: np.random.Generator, model: HeadModel, traits: Traits) -> np.nda
             own = shared.setdefault(pair, own) + rng.normal(0, spread / 6)
         values[i] = np.clip(own, -1.1, 1.1)
     values[model.slider_names.index("head-age-decr-incr")] = traits.age - 0.3
+    # MakeHuman's neutral face looks sleepy and cross; people at rest have their eyes wider open.
+    values[model.slider_names.index("mouth-angles-down-up")] += 0.25
+    awake = [model.unit_names.index(f"eye-{side}-opened-up") for side in ("left", "right")]
     offsets = np.tensordot(macro, model.macros, 1)
     offsets += np.tensordot(np.maximum(values, 0), model.slider_high, 1)
     offsets += np.tensordot(np.maximum(-values, 0), model.slider_low, 1)
+    offsets += np.float32(rng.uniform(0.0, 0.6)) * model.units[awake].sum(0)
     return model.vertices + offsets

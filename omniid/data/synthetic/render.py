@@ -14,6 +14,7 @@ from omniid.faces import align
 from omniid.kernels.rasterize import rasterize
 
 from .captions import caption
+from .colour import to_linear, to_srgb
 from .head_model import EYE, MOUTH, SKIN, TEETH, TEXTURE_SIZE, TONGUE, head_model, texture_coordinates, vertex_normals
 from .noise import smoothstep
 from .person import Person
@@ -67,7 +68,8 @@ def render(person: Person, view: View, size: int = 128, aligned: bool = True) ->
     hair_posed = _pose(hair.vertices, rotation) if hair is not None else None
     shadow = _shadow_map(posed, model.triangles, hair_posed, hair.triangles if hair is not None else None, light)
 
-    picture = _background(view, fine)  # (fine, fine, 3) linear
+    picture = _background(view, size)  # smooth, so it needs no finer grid
+    picture = picture.repeat(SUPERSAMPLING, axis=0).repeat(SUPERSAMPLING, axis=1)  # (fine, fine, 3) linear
     # First layer: skin, eyes, mouth.
     normals = vertex_normals(posed, model.triangles)
     attributes = np.concatenate(
@@ -91,8 +93,8 @@ def render(person: Person, view: View, size: int = 128, aligned: bool = True) ->
         picture[covered] += (colour - picture[covered]) * alpha[:, None]
         face[covered] &= alpha < 0.5
 
-    picture = picture.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean((1, 3))
-    mask = face.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING).mean((1, 3)) > 0.5
+    picture = _reduce(picture)
+    mask = _reduce(face.astype(np.float32)) > 0.5
     return RenderedFace(
         image=_develop(picture, view),
         mask=mask,
@@ -102,6 +104,12 @@ def render(person: Person, view: View, size: int = 128, aligned: bool = True) ->
         roll=roll,
         caption=caption(person, view),
     )
+
+
+def _reduce(fine: np.ndarray) -> np.ndarray:
+    """Means over SUPERSAMPLING x SUPERSAMPLING blocks of (H, W, ...)."""
+    steps = range(SUPERSAMPLING)
+    return sum(fine[i::SUPERSAMPLING, j::SUPERSAMPLING] for i in steps for j in steps) / np.float32(SUPERSAMPLING**2)
 
 
 def _rotation(view: View) -> np.ndarray:
@@ -160,25 +168,26 @@ class _Shadow:
     frame: np.ndarray
     depths: np.ndarray
 
-    SIZE = 176
+    SIZE = 144
     SPAN = 3.6  # decimetres that the map covers
 
     def lit(self, points: np.ndarray) -> np.ndarray:
         """(n,) float32 in [0, 1]: share of the main light that reaches points (n, 3), with soft edges."""
         seen = points @ self.frame
-        place = (seen[:, :2] / self.SPAN + 0.5) * self.SIZE - 0.5
-        depth = 10 - seen[:, 2] - 0.035
+        place = seen[:, :2] * np.float32(self.SIZE / self.SPAN) + np.float32(self.SIZE / 2 - 0.5)
+        depth = 10 - seen[:, 2] - 0.04
         low = np.floor(place).astype(np.int32)
-        part = place - low
+        part = place - low.astype(np.float32)
         flat = self.depths.ravel()
-        total = 0.0
-        # Percentage-closer filtering over 3 x 3 texels with weights that slide with the point.
-        for dy, weight_y in ((-1, (1 - part[:, 1]) / 3), (0, 1 / 3), (1, 1 / 3), (2, part[:, 1] / 3)):
+        # Percentage-closer filtering over 3 x 3 texels whose weights slide with the point. The sum is separable, but
+        # the comparison is not: 16 comparisons, the fewest that leave no steps.
+        columns = [np.clip(low[:, 0] + dx, 0, self.SIZE - 1) for dx in (-1, 0, 1, 2)]
+        total = np.zeros(len(points), dtype=np.float32)
+        for dy, weight in ((-1, 1 - part[:, 1]), (0, 1), (1, 1), (2, part[:, 1])):
             row = np.clip(low[:, 1] + dy, 0, self.SIZE - 1) * self.SIZE
-            for dx, weight_x in ((-1, (1 - part[:, 0]) / 3), (0, 1 / 3), (1, 1 / 3), (2, part[:, 0] / 3)):
-                column = np.clip(low[:, 0] + dx, 0, self.SIZE - 1)
-                total = total + weight_y * weight_x * (flat[row + column] > depth)
-        return total.astype(np.float32)
+            first, second, third, fourth = (flat[row + column] > depth for column in columns)
+            total += weight * (first * (1 - part[:, 0]) + second + third + fourth * part[:, 0])
+        return total * np.float32(1 / 9)
 
 
 def _shadow_map(head, triangles, hair, hair_triangles, light) -> _Shadow:
@@ -196,9 +205,9 @@ def _shadow_map(head, triangles, hair, hair_triangles, light) -> _Shadow:
     return _Shadow(frame, rasterize(view, faces, nothing, _Shadow.SIZE, _Shadow.SIZE).depths)
 
 
-def to_linear(colour: np.ndarray) -> np.ndarray:
-    """sRGB in [0, 1] to linear light."""
-    return np.asarray(colour, dtype=np.float32) ** np.float32(2.2)
+def _length(vectors: np.ndarray) -> np.ndarray:
+    """(n, 1) lengths of vectors (n, 3), never 0."""
+    return np.sqrt(np.einsum("nk,nk->n", vectors, vectors) + np.float32(1e-12))[:, None]
 
 
 def _shade_head(person, view, rotation, values, materials, light, shadow) -> np.ndarray:
@@ -207,23 +216,22 @@ def _shade_head(person, view, rotation, values, materials, light, shadow) -> np.
     normals, places, points = values[:, :3].copy(), values[:, 3:6], values[:, 6:9]
     occlusion, lips, lashes = values[:, 9], smoothstep(0.25, 0.75, values[:, 10]), values[:, 11]
     albedo = _sample_texture(person.texture, texture_coordinates(places))
-    tint = np.array(traits.lip_tint, dtype=np.float32)
+    tint = to_linear(traits.lip_tint)
     lip_colour = albedo * tint
     if traits.lip_paint:
-        lip_colour = lip_colour + (np.array([0.62, 0.12, 0.17]) * tint / tint.max() - lip_colour) * (0.75 * traits.lip_paint)
+        lip_colour = lip_colour + (to_linear([0.62, 0.12, 0.17]) * tint / tint.max() - lip_colour) * (0.75 * traits.lip_paint)
     albedo = albedo + (lip_colour - albedo) * (0.85 * lips)[:, None]
     line = np.clip(lashes * (0.75 if traits.masculinity > 0.5 else 0.95), 0, 1)
-    albedo = albedo * (1 - line[:, None] * 0.85)
+    albedo = albedo * ((1 - line * 0.85) ** 2)[:, None]
     cloth = (places[:, 1] + 0.25 * (0.6 - places[:, 2]) < 5.72) & (materials == SKIN)
-    albedo[cloth] = np.array(traits.shirt, dtype=np.float32)
-    albedo = to_linear(albedo)
+    albedo[cloth] = to_linear(traits.shirt)
     gloss = np.where(lips > 0.5, 0.12 + 0.2 * traits.lip_paint, 0.05).astype(np.float32)
     sharpness = np.full(len(values), 18, dtype=np.float32)
 
     albedo[materials == MOUTH] = (0.10, 0.02, 0.02)
     albedo[materials == TONGUE] = (0.40, 0.12, 0.11)
-    albedo[materials == TEETH] = (0.72, 0.68, 0.58)
-    occlusion = 0.3 + 0.7 * np.minimum(occlusion * 1.25, 1)
+    albedo[materials == TEETH] = (0.62, 0.57, 0.47)
+    occlusion = 0.4 + 0.6 * np.minimum(occlusion * 1.25, 1)
     occlusion[materials == TEETH] = 0.6
     occlusion[materials == TONGUE] = 0.5
     occlusion[materials == MOUTH] = 0.35
@@ -232,14 +240,14 @@ def _shade_head(person, view, rotation, values, materials, light, shadow) -> np.
     if eyes.any():
         eye_albedo, eye_normals = _eye(person, view, rotation, places[eyes])
         albedo[eyes], normals[eyes] = eye_albedo, eye_normals
-        gloss[eyes], sharpness[eyes] = 0.9, 160
+        gloss[eyes], sharpness[eyes] = 0.7, 160
         # The upper lid and its lashes shade the eyeball.
         centre = model.eye_centres[(places[eyes, 0] > 0).astype(int)]
         occlusion[eyes] = 0.95 - 0.55 * smoothstep(0.0, 0.055, places[eyes, 1] - centre[:, 1])
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
+    normals /= _length(normals)
 
     facing = normals @ light
-    lit = shadow.lit(points)
+    lit = shadow.lit(points + normals * np.float32(0.04))  # off the surface: no self-shadowing at grazing light
     # Wrapped diffuse light, widest in red: light that enters skin leaves it farther on.
     wrap = np.array([0.30, 0.14, 0.08], dtype=np.float32)
     diffuse = np.clip((facing[:, None] + wrap) / (1 + wrap), 0, None) * (0.12 * wrap / wrap[0] + (1 - 0.12 * wrap / wrap[0]) * lit[:, None])
@@ -247,12 +255,12 @@ def _shade_head(person, view, rotation, values, materials, light, shadow) -> np.
     key = np.array(view.light_colour, dtype=np.float32) * 1.25
     ambient = np.array(view.ambient, dtype=np.float32)
     colour = albedo * (diffuse * key + sky[:, None] * ambient)
-    towards = -points + [0, 0, view.distance]
-    towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+    towards = np.array([0, 0, view.distance], dtype=np.float32) - points
+    towards /= _length(towards)
     half = towards + light
-    half /= np.linalg.norm(half, axis=1, keepdims=True)
-    shine = np.maximum((normals * half).sum(1), 0) ** sharpness * gloss * np.where(eyes, 1, lit) * (occlusion * 0.7 + 0.3)
-    grazing = (1 - np.maximum((normals * towards).sum(1), 0)) ** 4 * 0.08 * occlusion
+    half /= _length(half)
+    shine = np.maximum(np.einsum("nk,nk->n", normals, half), 0) ** sharpness * gloss * np.where(eyes, 1, lit) * (occlusion * 0.7 + 0.3)
+    grazing = (1 - np.maximum(np.einsum("nk,nk->n", normals, towards), 0)) ** 4 * 0.08 * occlusion
     return (colour + shine[:, None] * key + grazing[:, None] * ambient).astype(np.float32)
 
 
@@ -270,10 +278,10 @@ def _eye(person: Person, view: View, rotation: np.ndarray, places: np.ndarray) -
     fibres = 1 + 0.25 * np.sin(angle * 23 + traits.iris_radius * 900) * smoothstep(0.3, 0.7, distance / iris)
     ring = 1 - 0.65 * smoothstep(0.78, 1.0, distance / iris)
     iris_colour = tint * (fibres * ring * (1.25 - 0.4 * distance / iris))[:, None]
-    white = np.array([0.74, 0.70, 0.66], dtype=np.float32) * (1 - 0.25 * smoothstep(0.07, 0.13, np.abs(local[:, 0])))[:, None]
+    white = np.array([0.62, 0.59, 0.56], dtype=np.float32) * (1 - 0.25 * smoothstep(0.07, 0.13, np.abs(local[:, 0])))[:, None]
     albedo = white + (iris_colour - white) * smoothstep(iris * 1.06, iris * 0.94, distance)[:, None]
     albedo = albedo * (1 - 0.97 * smoothstep(iris * 0.46, iris * 0.38, distance)[:, None])
-    normals = local / np.maximum(np.linalg.norm(local, axis=1, keepdims=True), 1e-6)
+    normals = local / _length(local)
     return albedo, normals @ rotation.T
 
 
@@ -295,7 +303,7 @@ def _shade_hair(person, view, values, light, shadow) -> tuple[np.ndarray, np.nda
     hair = person.hair
     style = hair.style
     normals, places, points, margins = values[:, :3], values[:, 3:6], values[:, 6:9], values[:, 9:11]
-    normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
+    normals = normals / _length(normals)
     angle = np.arctan2(places[:, 0], places[:, 2] - 0.3)
     bend = 0.35 * style.curl * np.sin(places[:, 1] * 14 + 3 * angle)
     strand = 0.6 * hair.strands(angle * 26 + bend * 6, places[:, 1] * 2.2) + 0.4 * hair.strands(angle * 60 + bend * 9 + 8, places[:, 1] * 4)
@@ -347,7 +355,7 @@ def _develop(picture: np.ndarray, view: View) -> np.ndarray:
     """Linear (H, W, 3) to uint8: a soft shoulder for highlights, sRGB, blur, grain."""
     bright = np.maximum(picture - 0.7, 0)
     picture = np.minimum(picture, 0.7) + bright / (1 + bright / 0.3)
-    pixels = np.clip(picture, 0, 1) ** np.float32(1 / 2.2) * 255
+    pixels = to_srgb(np.clip(picture, 0, 1)) * 255
     size = len(picture)
     if view.blur * size > 0.2:
         blurred = Image.fromarray(pixels.astype(np.uint8)).filter(ImageFilter.GaussianBlur(view.blur * size))

@@ -7,13 +7,13 @@ shape because the texture does. Places are in decimetres: eyes at y = 7.28, brow
 
 import numpy as np
 
-from .head_model import HeadModel
+from .head_model import TEXTURE_AXIS_Z, HeadModel
 from .noise import ValueNoise, smoothstep
 from .traits import Traits
 
 # sRGB of skin from fair to dark.
 _TONES = np.array(
-    [[0.98, 0.85, 0.77], [0.93, 0.76, 0.65], [0.85, 0.65, 0.51], [0.71, 0.50, 0.36], [0.52, 0.34, 0.24], [0.34, 0.22, 0.17]]
+    [[0.98, 0.85, 0.77], [0.93, 0.76, 0.65], [0.85, 0.65, 0.51], [0.71, 0.50, 0.36], [0.55, 0.37, 0.27], [0.40, 0.27, 0.21]]
 )  # fmt: skip
 
 
@@ -28,12 +28,14 @@ def paint_skin(rng: np.random.Generator, model: HeadModel, traits: Traits) -> np
     """(S, S, 3) float32 in [0, 1], sRGB."""
     x, y, z = np.moveaxis(model.surface, -1, 0)
     side = np.abs(x)
+    # Arc length around the head: fine detail in x alone would smear into streaks on the cheeks and temples.
+    around = 0.95 * np.arctan2(x, z - TEXTURE_AXIS_Z)
     noise = ValueNoise(rng)
     tone = skin_tone(traits)
     colour = np.broadcast_to(tone, (*x.shape, 3)).astype(np.float32)
 
-    blotches = 0.6 * noise(x * 5 + 9, y * 5) + 0.4 * noise(x * 14, y * 14 + 5) - 0.5
-    pores = noise(x * 70, y * 70 + 3) - 0.5
+    blotches = 0.6 * noise(around * 5 + 9, y * 5) + 0.4 * noise(around * 14, y * 14 + 5) - 0.5
+    pores = noise(around * 60, y * 60 + 3) - 0.5
     colour = colour * (1 + 0.10 * blotches + 0.05 * pores * (0.5 + traits.age))[..., None]
     red = np.array([0.03, -0.09, -0.08]) * (1 - 0.5 * traits.melanin)
     blush = rng.uniform(0, 1.1) * _spot(side - rng.uniform(0.36, 0.46), y - rng.uniform(6.9, 7.02), 0.2, 0.13)
@@ -45,15 +47,15 @@ def paint_skin(rng: np.random.Generator, model: HeadModel, traits: Traits) -> np
     colour = colour * (1 - circles[..., None] * [0.8, 1, 0.85]) * (1 - shadow[..., None] * rng.uniform(0.6, 1.1, 3))
     colour = _wrinkles(rng, noise, traits, colour, x, y)
     if traits.freckles:
-        dots = noise(x * 42 + 11, y * 42) * (0.6 + 0.4 * noise(x * 9, y * 9 + 30))
+        dots = noise(around * 34 + 11, y * 34) * (0.65 + 0.35 * noise(around * 9, y * 9 + 30))
         where = _spot(side - 0.25, y - 7.02, 0.42, 0.26) + 0.3 * _spot(side, y - 7.7, 0.5, 0.25)
-        colour = _blend(colour, colour * [0.72, 0.56, 0.46], traits.freckles * smoothstep(0.58, 0.7, dots + 0.15 * where) * np.minimum(where, 1))
+        colour = _blend(colour, colour * [0.72, 0.56, 0.46], 0.75 * traits.freckles * smoothstep(0.6, 0.72, dots + 0.12 * where) * np.minimum(where, 1))
     for _ in range(traits.moles):
-        colour = _mole(rng, colour, x, y, tone)
+        colour = _mole(rng, colour, around, y, tone)
     if traits.scar:
-        colour = _scar(rng, colour, x, y)
+        colour = _scar(rng, colour, around, y)
     hair = np.array(traits.hair_tint)
-    colour = _beard(rng, noise, traits, colour, x, y, z, hair)
+    colour = _beard(rng, noise, traits, colour, x, y, z, around, hair)
     colour = _brows(rng, noise, traits, colour, x, y, hair)
     return np.clip(colour, 0, 1).astype(np.float32)
 
@@ -70,7 +72,7 @@ def _blend(under: np.ndarray, over: np.ndarray, alpha: np.ndarray) -> np.ndarray
 def _wrinkles(rng, noise, traits, colour, x, y) -> np.ndarray:
     """Nasolabial folds, lines of the forehead, between the brows and at the outer eye corners; deeper with age."""
     side = np.abs(x)
-    depth = np.clip((traits.age - 0.25) * 1.3 + rng.normal(0, 0.12, 4), 0, 1)
+    depth = np.clip((traits.age - 0.3) * 1.2 + rng.normal(0, 0.12, 4), 0, 1)
     fold = 0.2 + (6.88 - y) * rng.uniform(0.35, 0.6)
     folds = np.exp(-(((side - fold) / 0.022) ** 2)) * smoothstep(6.52, 6.68, y) * smoothstep(6.93, 6.84, y)
     wave = y + 0.025 * np.sin(x * 5 + rng.uniform(0, 6)) + 0.03 * noise(x * 3, y)
@@ -102,8 +104,8 @@ def _scar(rng, colour, x, y) -> np.ndarray:
 
 def _brows(rng, noise, traits, colour, x, y, hair) -> np.ndarray:
     """Brows as a band of strokes around a curve from the inner to the outer end."""
-    inner, outer = rng.uniform(0.06, 0.15), rng.uniform(0.48, 0.6)
-    height, rise = 7.455 + rng.normal(0, 0.022), rng.uniform(0.0, 0.13)
+    inner, outer = rng.uniform(0.07, 0.16), rng.uniform(0.48, 0.59)
+    height, rise = 7.475 + rng.normal(0, 0.02), rng.uniform(-0.02, 0.09)
     peak, drop = rng.uniform(0.5, 0.75), rng.uniform(0.0, 1.0)
     thickness = np.clip(np.exp(rng.normal(np.log(0.034 if traits.masculinity < 0.5 else 0.048), 0.35)), 0.016, 0.085)
     density, bow = rng.uniform(0.5, 1.0), rng.uniform(0.3, 0.9)
@@ -130,8 +132,8 @@ def beard_region(x: np.ndarray, y: np.ndarray, z: np.ndarray, beard: str) -> np.
     """In [0, 1]: where hair of that kind of beard grows on the neutral head."""
     side = np.abs(x)
     cheek_line = 6.62 + 0.9 * np.maximum(side - 0.28, 0) + 1.1 * np.maximum(side - 0.55, 0)
-    jaw = smoothstep(cheek_line + 0.05, cheek_line - 0.05, y) * smoothstep(0.15, 0.35, z)
-    jaw = jaw * smoothstep(5.95, 6.1, y + 0.35 * (z - 0.9))
+    jaw = smoothstep(cheek_line + 0.05, cheek_line - 0.05, y) * smoothstep(0.5, 0.6, z)
+    jaw = jaw * smoothstep(6.02, 6.16, y + 0.5 * (z - 1.0))
     # Bare lips with a rim, and the moustache between nose and mouth.
     lips = smoothstep(1.25, 0.95, np.hypot(x / 0.29, (y - 6.605) / 0.115))
     moustache = smoothstep(0.33, 0.27, side) * smoothstep(6.60, 6.68, y + 0.35 * np.maximum(side - 0.2, 0) + 0.3 * side) * smoothstep(6.85, 6.80, y + 0.25 * side)
@@ -148,14 +150,14 @@ def beard_region(x: np.ndarray, y: np.ndarray, z: np.ndarray, beard: str) -> np.
     return region * (1 - lips)
 
 
-def _beard(rng, noise, traits, colour, x, y, z, hair) -> np.ndarray:
+def _beard(rng, noise, traits, colour, x, y, z, around, hair) -> np.ndarray:
     if traits.beard == "none":
         return colour
-    wobble = 0.03 * (noise(x * 8, y * 8) - 0.5)
+    wobble = 0.03 * (noise(around * 8, y * 8) - 0.5)
     region = beard_region(x, y + wobble, z, traits.beard)
-    grain = noise(x * 80 + 4, y * 34) - 0.5
+    grain = noise(around * 70 + 4, y * 30) - 0.5
     strength = {"stubble": rng.uniform(0.3, 0.5), "short beard": 0.82, "full beard": 0.95, "mustache": 0.92, "goatee": 0.9}[traits.beard]
-    patch = noise(x * 10 + 3, y * 6) - 0.5
+    patch = noise(around * 10 + 3, y * 6) - 0.5
     alpha = np.clip(region * (strength + 0.35 * grain * (region > 0) + 0.2 * patch), 0, 1) * smoothstep(0.0, 0.3, region)
     shade = np.clip(hair * rng.uniform(0.55, 0.95), 0, 1) * (1 + 0.5 * grain[..., None])
     return _blend(colour, shade, alpha)

@@ -1,0 +1,79 @@
+"""Timing, hardware card and report, shared by all benchmarks.
+
+A benchmark compares cases that run in the same process, turn by turn, so that a machine whose speed drifts slows all of
+them alike: trust the ratios. Results go to stdout as a table, the last line is one JSON document; `--save` also writes
+`benchmarks/results/<theme>_<hardware>_<date>.md`.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def time_in_turn(cases: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, dict[str, float]]:
+    """Runs all cases once per round, `rounds` times after `warmup`; milliseconds as median, 20th and 80th percentile."""
+    for _ in range(warmup):
+        for case in cases.values():
+            case()
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            case()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: dict(zip(("median_ms", "p20_ms", "p80_ms"), np.percentile(t, [50, 20, 80]).round(3).tolist(), strict=True)) for name, t in times.items()}
+
+
+def hardware() -> dict[str, str]:
+    """What the numbers were measured on."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    card = {
+        "cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False).stdout.strip(),
+    }
+    return card
+
+
+def report(theme: str, rows: list[dict], note: str = "") -> None:
+    """Prints the table and the JSON line; with `--save` writes the dated file."""
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<theme>_<hardware>_<date>.md")
+    save = parser.parse_args().save
+    card = hardware()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    table += ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
+    text = "\n".join([f"# {theme}", "", *(f"* {key}: {value}" for key, value in card.items()), "", *table, "", note]).rstrip()
+    print(text)
+    if save:
+        kind = "gpu" if card["gpu"] != "none" else f"cpu{torch.get_num_threads()}"
+        path = RESULTS / f"{theme}_{kind}_{datetime.date.today().isoformat()}.md"
+        path.write_text(f"{text}\n\nMade by `{Path(sys.argv[0]).name} --save`.\n", encoding="utf-8")
+    print(json.dumps({"theme": theme, "hardware": card, "rows": rows}))
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

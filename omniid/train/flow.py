@@ -1,0 +1,103 @@
+"""Stage `flow`: the encoder and the identity adapter learn flow matching with a frozen base (Sec. 3.3; Eq. 6-7)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from omniid.config import Preset
+from omniid.data.few_to_many import Batch
+from omniid.models.encoder import OmniIDEncoder, load_weights
+from omniid.models.flux import TextEmbedding, embed_text, encode_images, load_base, predict_velocity
+from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
+from omniid.train.flow_matching import flow_matching_loss
+
+GUIDANCE = 1.0
+"""Guidance input of a distilled base while training: 1 stands for the plain velocity, which is what Eq. 7 asks for.
+Not stated in the paper."""
+
+
+class FlowStage:
+    """Encoder and adapter train jointly; transformer, autoencoder and text embedding are fixed."""
+
+    name = "flow"
+
+    def __init__(self, preset: Preset, weights: Path):
+        """`weights` holds the encoder that stage `mtd` exported, and the base if the preset says "embedded"."""
+        self.preset, self.config = preset, preset.train.flow
+        self.encoder = _encoder_from(preset, weights)
+        self.pipeline = load_base(weights / "base" if preset.base.path == "embedded" else preset.base.path)
+        self.transformer = self.pipeline.transformer.requires_grad_(False)
+        self.vae = self.pipeline.vae.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.text = self._embed_prompt()
+        self.adapter = IdentityAdapter.for_transformer(self.transformer, preset.encoder.width)
+        self.model = nn.ModuleDict({"encoder": self.encoder, "adapter": self.adapter})
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        images = batch.targets.flatten(0, 1)
+        self._move_to(images.device)
+        with torch.no_grad():
+            latents = encode_images(self.vae, images)
+        kv = self.adapter.project(self.encoder(batch.inputs, batch.cu_inputs))
+        kv = kv.repeat(batch.targets.shape[1])  # every target of a person gets that person's tokens
+        text = self.text.expand(len(images))
+        guidance = torch.full((len(images),), GUIDANCE, device=images.device)
+
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            return predict_velocity(self.transformer, noisy, time, text, guidance)
+
+        with attach_identities(self.transformer, [IdentityUse(kv)]):
+            error = flow_matching_loss(velocity, latents, self.config.timestep_sampling, generator)
+        return error.mean(), {}
+
+    def learning_rate_scale(self, name: str) -> float:
+        """The encoder, trained already, may move more slowly than the new adapter."""
+        return self.config.encoder_lr_scale if name.startswith("encoder.") else 1.0
+
+    @torch.no_grad()
+    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Rows: up to eight identities. Columns: first and last input, a target, two generated pictures."""
+        rows, ends = min(8, len(batch.targets)), batch.cu_inputs.long()
+        self._move_to(batch.targets.device)
+        kv = self.adapter.project(self.encoder(batch.inputs[: ends[rows]], batch.cu_inputs[: rows + 1])).repeat(2)
+        text = self.text.expand(2 * rows)
+        with attach_identities(self.transformer, [IdentityUse(kv)]):
+            drawn = self.pipeline(
+                prompt_embeds=text.tokens,
+                pooled_prompt_embeds=text.pooled,
+                height=self.preset.base.image_size,
+                width=self.preset.base.image_size,
+                num_inference_steps=self.preset.base.num_inference_steps,
+                guidance_scale=self.preset.base.guidance_scale,
+                generator=generator,
+                output_type="pt",
+            ).images
+        drawn = (drawn.to(batch.targets) * 2 - 1).unflatten(0, (rows, 2))
+        size = drawn.shape[-2:]
+        shown = [batch.inputs[ends[:rows]], batch.inputs[ends[1 : rows + 1] - 1], batch.targets[:rows, 0]]
+        shown = [nn.functional.interpolate(images, size, mode="bilinear", antialias=True) for images in shown]
+        return torch.cat([torch.stack(shown, dim=1), drawn], dim=1)
+
+    def export(self, folder: Path) -> None:
+        self.encoder.save(folder / "encoder.safetensors")
+        # The file is rounded to bf16; identities will carry the fingerprint of what is read from it.
+        self.adapter.encoder_fingerprint = _encoder_from(self.preset, folder).fingerprint()
+        self.adapter.save(folder / "adapter.safetensors")
+
+    @torch.no_grad()
+    def _embed_prompt(self) -> TextEmbedding:
+        """The embedding of the fixed prompt y; afterwards the text encoders are let go."""
+        text = embed_text(self.pipeline, [self.preset.base.prompt], self.preset.base.max_sequence_length)
+        self.pipeline.register_modules(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+        return text
+
+    def _move_to(self, device: torch.device) -> None:
+        self.vae.to(device)
+        self.transformer.to(device)
+        self.text = self.text.to(device)
+
+
+def _encoder_from(preset: Preset, folder: Path) -> OmniIDEncoder:
+    encoder = OmniIDEncoder(preset.tower, preset.encoder, preset.name)
+    load_weights(encoder, folder / "encoder.safetensors")
+    return encoder
