@@ -46,4 +46,8 @@ for shape in SHAPES:
         {"B, Lq, Lk, H, D": shape, **{f"{name} ms": t["median_ms"] for name, t in times.items()}}
         | {"fused / omniid": times["fused"]["median_ms"] / times["omniid"]["median_ms"]}
     )
-report("dense_attention", rows, "Forward and backward in bf16, medians. The ratio says how much faster training's choice is than the fused call.")
+report(
+    "dense_attention",
+    rows,
+    "Forward and backward in bf16, medians. The ratio says how much faster training's choice is than the fused call.",
+)

@@ -23,5 +23,16 @@ def network():
     return encoder(images, cu_images)
 
 
-times = time_in_turn({"network, 3 crops": network, "3 crops to identity": lambda: encoder.encode_crops(crops), "3 photos of 512 px to identity": lambda: encoder.encode(photos)}, rounds=15)
-report("encode", [{"case": name, **t} for name, t in times.items()], "Target of the first release: 3 photos, warm, at most 60 ms on 2 cores (network and file's content).")
+times = time_in_turn(
+    {
+        "network, 3 crops": network,
+        "3 crops to identity": lambda: encoder.encode_crops(crops),
+        "3 photos of 512 px to identity": lambda: encoder.encode(photos),
+    },
+    rounds=15,
+)
+report(
+    "encode",
+    [{"case": name, **t} for name, t in times.items()],
+    "Target of the first release: 3 photos, warm, at most 60 ms on 2 cores (network and file's content).",
+)

@@ -17,4 +17,8 @@ def draw(who):
 
 times = time_in_turn({"base alone": draw(None), "with identity": draw(identity)}, rounds=7, warmup=1)
 base = times["base alone"]["median_ms"]
-report("generate", [{"case": name, **t, "of base": t["median_ms"] / base} for name, t in times.items()], "Target of the first release: at most 6 s on 2 cores.")
+report(
+    "generate",
+    [{"case": name, **t, "of base": t["median_ms"] / base} for name, t in times.items()],
+    "Target of the first release: at most 6 s on 2 cores.",
+)

@@ -11,7 +11,9 @@ if __name__ == "__main__":  # the workers are spawned and import this file
     rows = []
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            write_records(folder, num_people=2, images_per_person=2, size=128, workers=1)  # warms the head model's cache
+            write_records(
+                folder, num_people=2, images_per_person=2, size=128, workers=1
+            )  # warms the head model's cache
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             write_records(folder, num_people=60, images_per_person=20, size=128, seed=3, workers=workers)

@@ -34,18 +34,28 @@ def time_in_turn(cases: dict[str, Callable[[], object]], rounds: int, warmup: in
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: dict(zip(("median_ms", "p20_ms", "p80_ms"), np.percentile(t, [50, 20, 80]).round(3).tolist(), strict=True)) for name, t in times.items()}
+    return {
+        name: dict(
+            zip(("median_ms", "p20_ms", "p80_ms"), np.percentile(t, [50, 20, 80]).round(3).tolist(), strict=True)
+        )
+        for name, t in times.items()
+    }
 
 
 def hardware() -> dict[str, str]:
     """What the numbers were measured on."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
     card = {
         "cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
+        ).stdout.strip(),
     }
     return card
 
@@ -59,7 +69,9 @@ def report(theme: str, rows: list[dict], note: str = "") -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     table += ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
-    text = "\n".join([f"# {theme}", "", *(f"* {key}: {value}" for key, value in card.items()), "", *table, "", note]).rstrip()
+    text = "\n".join(
+        [f"# {theme}", "", *(f"* {key}: {value}" for key, value in card.items()), "", *table, "", note]
+    ).rstrip()
     print(text)
     if save:
         kind = "gpu" if card["gpu"] != "none" else f"cpu{torch.get_num_threads()}"

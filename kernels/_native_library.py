@@ -9,7 +9,9 @@ import functools
 import os
 from pathlib import Path
 
-BUILD_HINT = "build it with: pip install -e . (needs CMake and a C++17 compiler; OMNIID_BUILD_NATIVE=1 shows why it fails)"
+BUILD_HINT = (
+    "build it with: pip install -e . (needs CMake and a C++17 compiler; OMNIID_BUILD_NATIVE=1 shows why it fails)"
+)
 
 
 @functools.cache

@@ -84,14 +84,16 @@ def _check(points: np.ndarray, triangles: np.ndarray, attributes: np.ndarray, he
     if triangles.ndim != 2 or triangles.shape[1] != 3 or triangles.dtype.kind not in "iu":
         raise ValueError(f"triangles has shape {triangles.shape} of {triangles.dtype}, expected (T, 3) integers")
     if attributes.ndim != 2 or len(attributes) != len(points):
-        raise ValueError(f"attributes has shape {attributes.shape}, expected ({len(points)}, C) for {len(points)} points")
+        raise ValueError(
+            f"attributes has shape {attributes.shape}, expected ({len(points)}, C) for {len(points)} points"
+        )
     if height < 1 or width < 1:
         raise ValueError(f"the image is {height} x {width}, expected at least 1 x 1")
     if not np.isfinite(points).all():
         raise ValueError("points holds values that are not finite")
     if not np.isfinite(attributes).all():
         raise ValueError("attributes holds values that are not finite")
-    if len(triangles) and not (0 <= triangles.min() and triangles.max() < len(points)):
+    if len(triangles) and not (triangles.min() >= 0 and triangles.max() < len(points)):
         raise ValueError(
             f"triangles index points {triangles.min()} to {triangles.max()}, but there are {len(points)} points"
         )

@@ -7,13 +7,17 @@ their keys are packed and no position is ever padded or masked.
 Shapes: B sequences, Lq queries, T keys in all, H heads, D head size.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from .dense_attention import dense_attention
 
 
-def varlen_cross_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, *, scale: float | None = None) -> Tensor:
+def varlen_cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, *, scale: float | None = None
+) -> Tensor:
     """Attention output (B, Lq, H, D) in the dtype of `q`.
 
     q: (B, Lq, H, D), or (Lq, H, D) shared by all sequences. k, v: (T, H, D). cu_seqlens_k: (B + 1) int32, increasing
@@ -21,7 +25,7 @@ def varlen_cross_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor
     """
     _check(q, k, v, cu_seqlens_k)
     bounds = cu_seqlens_k.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     num_sequences = len(lengths)
     shared = q.dim() == 3
     # Sequences of one length form a dense batch: exact, no padding, and as few calls as there are distinct lengths.
@@ -52,7 +56,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor) -> None:
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
     bounds = cu_seqlens_k.tolist()
-    if not bounds or bounds[0] != 0 or bounds[-1] != len(k) or any(b <= a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if (
+        not bounds
+        or bounds[0] != 0
+        or bounds[-1] != len(k)
+        or any(b <= a for a, b in pairwise(bounds))
+    ):
         raise ValueError(f"cu_seqlens_k must increase from 0 to the number of keys {len(k)}, got {bounds}")
     if q.dim() == 4 and q.shape[0] != len(bounds) - 1:
         raise ValueError(f"q holds {q.shape[0]} sequences but cu_seqlens_k {len(bounds) - 1}")

@@ -42,8 +42,14 @@ class TowerConfig:
     """Hub name or folder of CLIP weights to start training from; empty starts from random weights."""
 
     def __post_init__(self) -> None:
-        _require(self.image_size % self.patch_size == 0, f"tower.image_size {self.image_size} is not a multiple of tower.patch_size {self.patch_size}")
-        _require(self.width % self.num_heads == 0, f"tower.width {self.width} is not a multiple of tower.num_heads {self.num_heads}")
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"tower.image_size {self.image_size} is not a multiple of tower.patch_size {self.patch_size}",
+        )
+        _require(
+            self.width % self.num_heads == 0,
+            f"tower.width {self.width} is not a multiple of tower.num_heads {self.num_heads}",
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +71,10 @@ class EncoderConfig:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        _require(self.width % self.num_heads == 0, f"encoder.width {self.width} is not a multiple of encoder.num_heads {self.num_heads}")
+        _require(
+            self.width % self.num_heads == 0,
+            f"encoder.width {self.width} is not a multiple of encoder.num_heads {self.num_heads}",
+        )
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -82,8 +91,14 @@ class DecoderConfig:
     mask_ratio: float = 0.95
 
     def __post_init__(self) -> None:
-        _require(self.image_size % self.patch_size == 0, f"decoder.image_size {self.image_size} is not a multiple of decoder.patch_size {self.patch_size}")
-        _require(self.width % self.num_heads == 0, f"decoder.width {self.width} is not a multiple of decoder.num_heads {self.num_heads}")
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"decoder.image_size {self.image_size} is not a multiple of decoder.patch_size {self.patch_size}",
+        )
+        _require(
+            self.width % self.num_heads == 0,
+            f"decoder.width {self.width} is not a multiple of decoder.num_heads {self.num_heads}",
+        )
         _require(0.0 < self.mask_ratio < 1.0, f"decoder.mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
 
     @property
@@ -115,7 +130,10 @@ class BaseSizes:
     vae_channels: tuple[int, ...] = (48, 48, 48, 48)
 
     def __post_init__(self) -> None:
-        _require(sum(self.axes_dims) == self.head_dim, f"base.sizes.axes_dims {self.axes_dims} must sum to head_dim {self.head_dim}")
+        _require(
+            sum(self.axes_dims) == self.head_dim,
+            f"base.sizes.axes_dims {self.axes_dims} must sum to head_dim {self.head_dim}",
+        )
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -178,7 +196,10 @@ class StageConfig:
         low, high = self.num_inputs
         _require(1 <= low <= high, f"num_inputs must be a range like [1, 3], got {list(self.num_inputs)}")
         _require(self.precision in ("fp32", "bf16"), f"precision must be fp32 or bf16, got {self.precision!r}")
-        _require(self.timestep_sampling in ("uniform", "logit_normal"), f"timestep_sampling must be uniform or logit_normal, got {self.timestep_sampling!r}")
+        _require(
+            self.timestep_sampling in ("uniform", "logit_normal"),
+            f"timestep_sampling must be uniform or logit_normal, got {self.timestep_sampling!r}",
+        )
         for name in ("steps", "batch_identities", "num_targets", "log_every", "save_every", "sample_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -212,7 +233,9 @@ def load_preset(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) 
         path = PRESET_FOLDER / f"{name_or_path}.toml"
         if not path.is_file():
             known = sorted(p.stem for p in PRESET_FOLDER.glob("*.toml"))
-            raise ConfigError(f"unknown preset {str(name_or_path)!r}; use one of {', '.join(known)} or a path that ends in .toml")
+            raise ConfigError(
+                f"unknown preset {str(name_or_path)!r}; use one of {', '.join(known)} or a path that ends in .toml"
+            )
     if not path.is_file():
         raise ConfigError(f"preset file {path} does not exist")
     try:

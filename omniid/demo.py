@@ -67,7 +67,10 @@ def contact_sheet(columns: dict[str, list[Image.Image]], row_labels: list[str]) 
     width, height = next(iter(columns.values()))[0].size
     sheet = Image.new(
         "RGB",
-        (len(columns) * (width + MARGIN) + MARGIN, len(row_labels) * (height + LABEL_HEIGHT // 2) + LABEL_HEIGHT + MARGIN),
+        (
+            len(columns) * (width + MARGIN) + MARGIN,
+            len(row_labels) * (height + LABEL_HEIGHT // 2) + LABEL_HEIGHT + MARGIN,
+        ),
         "white",
     )
     draw = ImageDraw.Draw(sheet)

@@ -15,7 +15,14 @@ def test_presets_survive_a_round_trip(name, tmp_path):
 
 def test_overrides_of_every_type():
     changed = load_preset(
-        "mini", ["train.mtd.lr=1e-4", "train.mtd.num_inputs=[2, 5]", "base.path=some/folder", "train.mtd.steps=7", "encoder.mlp_ratio=2"]
+        "mini",
+        [
+            "train.mtd.lr=1e-4",
+            "train.mtd.num_inputs=[2, 5]",
+            "base.path=some/folder",
+            "train.mtd.steps=7",
+            "encoder.mlp_ratio=2",
+        ],
     )
     assert changed.train.mtd.lr == 1e-4
     assert changed.train.mtd.num_inputs == (2, 5)

@@ -14,7 +14,9 @@ import click
     type=click.Path(dir_okay=False),
     help="Identity file: id.pt, or a name that ends in .safetensors.",
 )
-@click.option("--preset", default="mini", show_default=True, help="mini, paper, or a folder with trained weights.")
+@click.option(
+    "--preset", default="mini", show_default=True, help="mini, paper, a folder of trained weights or its preset.toml."
+)
 @click.option(
     "--face",
     type=click.IntRange(min=0),

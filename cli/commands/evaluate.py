@@ -6,8 +6,20 @@ import click
 
 
 @click.command()
-@click.option("--preset", "--weights", "weights", default="mini", show_default=True, help="A preset with shipped weights, or a folder that training exported.")
-@click.option("--real", "real_folder", type=click.Path(exists=True, file_okay=False), help="Folder with <id>_neutral.jpg and <id>_smiling.jpg of real people.")
+@click.option(
+    "--preset",
+    "--weights",
+    "weights",
+    default="mini",
+    show_default=True,
+    help="A preset with shipped weights, or a folder that training exported.",
+)
+@click.option(
+    "--real",
+    "real_folder",
+    type=click.Path(exists=True, file_okay=False),
+    help="Folder with <id>_neutral.jpg and <id>_smiling.jpg of real people.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
 def evaluate(weights: str, real_folder: str | None, as_json: bool) -> None:
     """Score weights on people no training saw, e.g. omniid evaluate --real photos/."""

@@ -9,11 +9,34 @@ import click
 def _stage_options(function):
     options = [
         click.option("--preset", default="mini", show_default=True, help="mini, paper or a TOML file."),
-        click.option("--data", "data_folder", required=True, type=click.Path(file_okay=False), help="Folder with identity records."),
-        click.option("--run", "run_folder", required=True, type=click.Path(file_okay=False), help="Folder for checkpoints and logs."),
-        click.option("--weights", "weights_folder", type=click.Path(file_okay=False), help="Weights folder that earlier stages exported and this one adds to; default RUN/weights."),
+        click.option(
+            "--data",
+            "data_folder",
+            required=True,
+            type=click.Path(file_okay=False),
+            help="Folder with identity records.",
+        ),
+        click.option(
+            "--run",
+            "run_folder",
+            required=True,
+            type=click.Path(file_okay=False),
+            help="Folder for checkpoints and logs.",
+        ),
+        click.option(
+            "--weights",
+            "weights_folder",
+            type=click.Path(file_okay=False),
+            help="Weights folder that earlier stages exported and this one adds to; default RUN/weights.",
+        ),
         click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint in RUN."),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a preset value, e.g. train.mtd.lr=1e-4; repeatable."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a preset value, e.g. train.mtd.lr=1e-4; repeatable.",
+        ),
         click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])),
         click.option("--quiet", is_flag=True, help="No progress bar."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
@@ -53,14 +76,30 @@ def _run(name, preset, data_folder, run_folder, weights_folder, resume, override
     from omniid.train.run import run_stage
 
     result = run_stage(
-        name, preset, data_folder, run_folder, weights=weights_folder, resume=resume, overrides=overrides, device=device, progress=not quiet
+        name,
+        preset,
+        data_folder,
+        run_folder,
+        weights=weights_folder,
+        resume=resume,
+        overrides=overrides,
+        device=device,
+        progress=not quiet,
     )
     if result.interrupted:
         again = " ".join(["omniid", *sys.argv[1:], *([] if resume else ["--resume"])])
         click.echo(f"stopped at step {result.step}, saved; go on with: {again}", err=True)
     if result.bad_records:
-        click.echo(f"{result.bad_records} damaged records were skipped; see: omniid data inspect {data_folder}", err=True)
-    summary = {"stage": name, "step": result.step, "validation_loss": result.validation_loss, "interrupted": result.interrupted, "bad_records": result.bad_records}
+        click.echo(
+            f"{result.bad_records} damaged records were skipped; see: omniid data inspect {data_folder}", err=True
+        )
+    summary = {
+        "stage": name,
+        "step": result.step,
+        "validation_loss": result.validation_loss,
+        "interrupted": result.interrupted,
+        "bad_records": result.bad_records,
+    }
     if as_json:
         click.echo(json.dumps(summary))
     elif not result.interrupted:

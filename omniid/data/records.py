@@ -35,7 +35,9 @@ def open_records(folder: str | Path, split: str):
     try:
         rows = datasets.Dataset.from_parquet(files)
     except Exception as error:  # pyarrow and datasets raise many kinds for a damaged shard
-        raise RecordError(f"the records in {folder} cannot be read ({error}); inspect them with: omniid data inspect {folder}") from error
+        raise RecordError(
+            f"the records in {folder} cannot be read ({error}); inspect them with: omniid data inspect {folder}"
+        ) from error
     missing = [name for name in COLUMNS if name not in rows.column_names]
     if missing:
         raise RecordError(f"the records in {folder} lack the columns {', '.join(missing)}")

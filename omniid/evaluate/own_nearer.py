@@ -11,7 +11,9 @@ def own_nearer_share(generated: np.ndarray, photos: np.ndarray, rng: np.random.G
     """
     num_people = len(photos)
     if num_people < 2 or len(generated) != num_people:
-        raise ValueError(f"need photos of at least two people and faces of each, got {len(photos)} and {len(generated)}")
+        raise ValueError(
+            f"need photos of at least two people and faces of each, got {len(photos)} and {len(generated)}"
+        )
     distances = np.linalg.norm(generated[:, :, None, None] - photos[None, None], axis=-1).mean(-1)  # (P, G, P)
     own = distances[np.arange(num_people), :, np.arange(num_people)]  # (P, G)
     # A shift of 1..P-1 places is a uniform draw among the others.

@@ -27,7 +27,9 @@ class People:
     names: list[str]
 
 
-def unseen_people(count: int, num_inputs: int, num_targets: int, size: int, progress: Callable[[int], None] = lambda n: None) -> People:
+def unseen_people(
+    count: int, num_inputs: int, num_targets: int, size: int, progress: Callable[[int], None] = lambda n: None
+) -> People:
     """Synthetic people of fixed seeds, rendered now; person i is the same whatever the other arguments."""
     from omniid.data.synthetic import Person, View, render
 

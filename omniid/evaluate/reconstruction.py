@@ -32,7 +32,12 @@ class Reconstruction:
 
 @torch.inference_mode()
 def reconstruction_scores(
-    decoder: MaskedDecoder, codes: Tensor, targets: Tensor, masks: Tensor, generator: torch.Generator, batch_size: int = 64
+    decoder: MaskedDecoder,
+    codes: Tensor,
+    targets: Tensor,
+    masks: Tensor,
+    generator: torch.Generator,
+    batch_size: int = 64,
 ) -> Reconstruction:
     """Decodes every target with every person's code.
 
@@ -61,7 +66,10 @@ def reconstruction_scores(
     return Reconstruction(
         identity_gap=(plain[~own].mean() / plain[own].mean()).item(),
         colour_free_gap=(free[~own].mean() / free[own].mean()).item(),
-        retrieval_rank1=(free.argmin(-1) == torch.arange(num_people, device=free.device)[:, None]).float().mean().item(),
+        retrieval_rank1=(free.argmin(-1) == torch.arange(num_people, device=free.device)[:, None])
+        .float()
+        .mean()
+        .item(),
         own_error=plain[own].mean().item() * 127.5,
         num_people=num_people,
         num_targets=num_targets,

@@ -23,7 +23,9 @@ SEED = 0
 Progress = Callable[[str], None]
 
 
-def evaluate(weights: str | Path = "mini", real_folder: str | Path | None = None, say: Progress = lambda text: None) -> dict:
+def evaluate(
+    weights: str | Path = "mini", real_folder: str | Path | None = None, say: Progress = lambda text: None
+) -> dict:
     """Scores computed now, from the weights: reconstruction with 3 and with 1 input, and generation where an adapter is.
 
     real_folder: photos `<id>_neutral.jpg` and `<id>_smiling.jpg`; adds the gap of redrawing the smile from the neutral
@@ -83,7 +85,9 @@ def reconstruction(encoder: OmniIDEncoder, decoder: MaskedDecoder, people: Peopl
     return {name: getattr(result, name) for name in result.__slots__}
 
 
-def generation(encoder: OmniIDEncoder, folder: Path, people: People, prompt: str, num_inputs: int = NUM_INPUTS) -> float:
+def generation(
+    encoder: OmniIDEncoder, folder: Path, people: People, prompt: str, num_inputs: int = NUM_INPUTS
+) -> float:
     """`own_nearer_share` of one generated face per person, by dlib's recogniser."""
     from omniid.faces import analyzer
     from omniid.generate import load_generator

@@ -44,8 +44,8 @@ def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 def warp(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     """The (size, size) crop whose pixel M p shows the image's point p, anti-aliased; outside the image it is black.
 
-    image uint8 (H, W, 3) or (H, W); matrix (2, 3) from source to crop. When the crop is coarser than the source, the
-    source is first reduced by a whole factor with a box filter, so that no pixel is skipped.
+    image uint8 (H, W, 3) or (H, W); matrix (2, 3) from source to crop. Raises ValueError for
+    other types and shapes and for a matrix that shrinks the image to nothing.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
@@ -57,11 +57,13 @@ def warp(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     if scale == 0:
         raise ValueError("the matrix shrinks the image to nothing")
     picture = Image.fromarray(image)
-    # reduce() keeps pixel edges: source coordinate p becomes p / factor.
-    factor = max(1, min(int(np.floor(1 / scale)), *picture.size))
-    if factor > 1:
-        picture = picture.reduce(factor)
-    full = np.vstack([matrix, [0, 0, 1]]) @ np.diag([factor, factor, 1.0])
+    # PIL's affine transform reads only the pixels next to each point: shrink first with a filter as wide as needed.
+    shrink = np.ones(2)
+    if scale < 1:
+        smaller = tuple(max(1, round(side * scale)) for side in picture.size)
+        shrink = np.array(smaller) / picture.size
+        picture = picture.resize(smaller, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    full = np.vstack([matrix, [0, 0, 1]]) @ np.diag([*(1 / shrink), 1.0])
     inverse = np.linalg.inv(full)
     # PIL's affine transform maps output pixel centres (x + .5, y + .5) to input coordinates in the same convention.
     coefficients = tuple(inverse[:2].ravel())

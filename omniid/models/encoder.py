@@ -44,6 +44,7 @@ class OmniIDEncoder(nn.Module):
     def __init__(self, tower: TowerConfig, encoder: EncoderConfig, preset_name: str = ""):
         super().__init__()
         self.tower_config, self.config, self.preset_name = tower, encoder, preset_name
+        self._fingerprint: tuple[tuple, str] | None = None
         self.tower = build_tower(tower)
         self.queries = nn.Parameter(torch.randn(encoder.num_queries, encoder.width) * 0.02)
         self.cross_blocks = nn.ModuleList(
@@ -66,16 +67,16 @@ class OmniIDEncoder(nn.Module):
         """An untrained encoder of the preset's sizes; its tower starts from CLIP weights where the preset names them."""
         encoder = cls(preset.tower, preset.encoder, preset.name)
         if preset.tower.pretrained:
-            encoder.tower = CLIPVisionModel.from_pretrained(
-                preset.tower.pretrained, attn_implementation=ATTENTION
-            )
+            encoder.tower = CLIPVisionModel.from_pretrained(preset.tower.pretrained, attn_implementation=ATTENTION)
         return encoder
 
     def photo_tokens(self, images: Tensor) -> Tensor:
         """f(x): images (N, 3, H, W) in [-1, 1] to the tower's final tokens (N, L_x, C_tower)."""
         size = self.tower_config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images must be (N, 3, {size}, {size}), got {tuple(images.shape)}; check tower.image_size")
+            raise ValueError(
+                f"images must be (N, 3, {size}, {size}), got {tuple(images.shape)}; check tower.image_size"
+            )
         hidden = self.tower(images * self.image_gain + self.image_shift).last_hidden_state
         return _post_layernorm(self.tower)(hidden)
 
@@ -119,12 +120,17 @@ class OmniIDEncoder(nn.Module):
         return weights.unflatten(-1, tokens.shape[:2])
 
     def fingerprint(self) -> str:
-        """sha256 over parameter names and bytes (in fp32, so that a copy in another precision still differs)."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """sha256 over parameter names and their values as fp32 bytes."""
+        state = sorted(self.state_dict().items())
+        # Hashing takes longer than encoding; a tensor's version counts its changes in place.
+        versions = tuple((tensor.data_ptr(), tensor._version) for _, tensor in state)
+        if self._fingerprint is None or self._fingerprint[0] != versions:
+            digest = hashlib.sha256()
+            for name, tensor in state:
+                digest.update(name.encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self._fingerprint = versions, digest.hexdigest()
+        return self._fingerprint[1]
 
     @torch.inference_mode()
     def encode(self, photos: Sequence[object], faces: str = "offline", face: int | None = None):

@@ -59,7 +59,7 @@ def load_base(path: str | Path, dtype: torch.dtype = torch.float32):
 
     try:
         with _quiet_loading():
-            pipeline = FluxPipeline.from_pretrained(path, torch_dtype=dtype)
+            pipeline = FluxPipeline.from_pretrained(str(path), dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OmniIDError(

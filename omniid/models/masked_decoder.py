@@ -114,9 +114,7 @@ class MaskedDecoder(nn.Module):
         normed = last.norm_attention(x)
         keys, values = last.keys_values(normed)
         wanted = chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return last.finish(
-            x.gather(1, wanted), dense_attention(last.queries(normed.gather(1, wanted)), keys, values)
-        )
+        return last.finish(x.gather(1, wanted), dense_attention(last.queries(normed.gather(1, wanted)), keys, values))
 
 
 def spread_rows(rows: Tensor, visible: Tensor, num_targets: int, num_patches: int) -> Tensor:

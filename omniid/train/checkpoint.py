@@ -72,9 +72,13 @@ def verify_checkpoint(folder: Path) -> None:
         for name, entry in manifest["files"].items():
             path = folder / name
             if path.stat().st_size != entry["size"] or sha256_of_file(path) != entry["sha256"]:
-                raise CheckpointError(f"{path} differs from its manifest; delete {folder} to resume from the one before it")
+                raise CheckpointError(
+                    f"{path} differs from its manifest; delete {folder} to resume from the one before it"
+                )
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged ({error}); delete it to resume from the one before it") from error
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged ({error}); delete it to resume from the one before it"
+        ) from error
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:

@@ -77,19 +77,24 @@ class Trainer:
         self.stage, self.preset, self.config, self.progress = stage, preset, config, progress
         self.run_folder = Path(run_folder)
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()),
         )
         self.is_main = self.accelerator.is_main_process
         self.step = 0
         self.bad_records: list[str] = []
         parameters = [p for p in stage.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(_groups(stage, config.weight_decay), lr=config.lr, betas=config.betas, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            _groups(stage, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
+        )
         self.module, self.optimizer = self.accelerator.prepare(_StepModule(stage), self.optimizer)
         self.parameters = parameters
         self.ema = {name: p.detach().clone() for name, p in self._trained()}
         self._prepare_folder(resume)
         size = preset.decoder.image_size if stage.name == "mtd" else preset.base.image_size
-        self.train_batches = self._batches(train_rows, size, config.num_inputs, config.batch_identities, config.seed, config.steps)
+        self.train_batches = self._batches(
+            train_rows, size, config.num_inputs, config.batch_identities, config.seed, config.steps
+        )
         per_rank = self.accelerator.num_processes
         held_out = min(len(validation_rows), config.batch_identities) // per_rank * per_rank or per_rank
         n = config.num_validation_inputs
@@ -101,7 +106,13 @@ class Trainer:
         config, losses, validation_loss = self.config, [], None
         start, started_at = self.step, time.monotonic()
         loader = self._loader(start)
-        bar = tqdm(total=config.steps, initial=start, desc=self.stage.name, disable=not (self.progress and self.is_main), unit="step")
+        bar = tqdm(
+            total=config.steps,
+            initial=start,
+            desc=self.stage.name,
+            disable=not (self.progress and self.is_main),
+            unit="step",
+        )
         with self._stop_on_signal() as stop, self._scalars() as scalars, contextlib.closing(bar):
             for batch in loader:
                 loss, metrics = self._train_step(batch)
@@ -131,7 +142,11 @@ class Trainer:
         """One optimizer step; stops before it when the loss or a gradient is not finite."""
         config = self.config
         rate = learning_rate(
-            self.step, lr=config.lr, warmup_steps=config.warmup_steps, steps=config.steps, min_lr_ratio=config.min_lr_ratio
+            self.step,
+            lr=config.lr,
+            warmup_steps=config.warmup_steps,
+            steps=config.steps,
+            min_lr_ratio=config.min_lr_ratio,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
@@ -143,7 +158,8 @@ class Trainer:
         if not (math.isfinite(loss.item()) and math.isfinite(norm)):
             raise TrainingError(
                 f"loss {loss.item()} or gradient norm {float(norm)} is not finite at step {self.step} with identities "
-                f"{', '.join(batch.identity_ids[:4])}, ...; nothing of this step was applied: resume with a lower --set train.{self.stage.name}.lr"
+                f"{', '.join(batch.identity_ids[:4])}, ...; "
+                f"nothing of this step was applied: resume with a lower --set train.{self.stage.name}.lr"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -229,7 +245,8 @@ class Trainer:
         self.bad_records += batch.skipped
         if len(self.bad_records) > self.config.max_bad_records:
             raise TrainingError(
-                f"more than max_bad_records={self.config.max_bad_records} records are damaged, the last: {self.bad_records[-1]}; "
+                f"more than max_bad_records={self.config.max_bad_records} records are damaged, "
+                f"the last: {self.bad_records[-1]}; "
                 "look at the set with: omniid data inspect"
             )
 
@@ -237,7 +254,9 @@ class Trainer:
         found = checkpoints.complete_checkpoints(self.run_folder)
         if not resume:
             if found:
-                raise TrainingError(f"{self.run_folder} already holds {found[-1].name}; add --resume or choose another --run folder")
+                raise TrainingError(
+                    f"{self.run_folder} already holds {found[-1].name}; add --resume or choose another --run folder"
+                )
             self.run_folder.mkdir(parents=True, exist_ok=True)
         elif found:
             self._restore(found[-1])
@@ -247,7 +266,9 @@ class Trainer:
         model, ema, trainer = checkpoints.load_checkpoint(folder)
         current = dict(self._trained())
         if model.keys() != current.keys():
-            raise checkpoints.CheckpointError(f"{folder} was written by another stage or preset; choose another --run folder")
+            raise checkpoints.CheckpointError(
+                f"{folder} was written by another stage or preset; choose another --run folder"
+            )
         with torch.no_grad():
             for name, parameter in current.items():
                 parameter.copy_(model[name])

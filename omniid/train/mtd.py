@@ -38,7 +38,9 @@ class MTDStage:
 
     def export(self, folder: Path) -> None:
         self.encoder.save(folder / "encoder.safetensors")
-        save_weights(self.decoder, folder / "decoder.safetensors", {"encoder": self.encoder.fingerprint()}, torch.bfloat16)
+        save_weights(
+            self.decoder, folder / "decoder.safetensors", {"encoder": self.encoder.fingerprint()}, torch.bfloat16
+        )
 
 
 def hide_masked(images: Tensor, visible: Tensor, patch_size: int) -> Tensor:

@@ -1,6 +1,8 @@
 """omniid id: info, compare, merge and lerp on files, and what they refuse."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +81,19 @@ def test_refusals_are_one_sentence_and_leave_nothing(files, monkeypatch, argumen
 def test_wrong_usage_exits_with_2(files):
     assert run("merge", "-o", files / "m.pt").exit_code == 2
     assert run("lerp", files / "a.pt", files / "b.pt", "-o", files / "m.pt").exit_code == 2
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_file(files, monkeypatch):
+    old = (files / "a.pt").read_bytes()
+
+    def full(path: Path, data: bytes) -> int:
+        with open(path, "wb") as handle:
+            handle.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    result = run("merge", files / "a.pt", files / "b.pt", "-o", files / "a.pt")
+    assert result.exit_code == 1
+    assert "the disk is full" in result.stderr
+    assert (files / "a.pt").read_bytes() == old
+    assert sorted(path.name for path in files.iterdir()) == ["a.pt", "b.pt", "other.pt"]

@@ -9,7 +9,7 @@ from omniid.data.records import RecordError, decode_image, decode_mask, open_rec
 
 
 def batches(rows, **changes):
-    settings = dict(size=32, batch_identities=4, num_inputs=(1, 3), num_targets=2, seed=5, steps=50) | changes
+    settings = {"size": 32, "batch_identities": 4, "num_inputs": (1, 3), "num_targets": 2, "seed": 5, "steps": 50} | changes
     return FewToManyBatches(rows, **settings)
 
 

@@ -53,7 +53,8 @@ def test_tone_alone_counts_for_the_plain_gap_only(people, generator):
 def test_batches_of_codes_change_nothing(people):
     codes, targets, masks = people
     seeded = [
-        reconstruction_scores(Painter(), codes, targets, masks, torch.Generator().manual_seed(1), batch_size=size) for size in (2, 64)
+        reconstruction_scores(Painter(), codes, targets, masks, torch.Generator().manual_seed(1), batch_size=size)
+        for size in (2, 64)
     ]
     assert seeded[0] == seeded[1]
 

@@ -1,5 +1,7 @@
 """Packed cross-attention against one sequence at a time in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from omniid.kernels.varlen_cross_attention import varlen_cross_attention
 
 def one_by_one(q, k, v, cu):
     out = []
-    for b, (start, end) in enumerate(zip(cu, cu[1:], strict=False)):
+    for b, (start, end) in enumerate(pairwise(cu)):
         queries = q if q.dim() == 3 else q[b]
         scores = torch.einsum("lhd,shd->hls", queries.double(), k[start:end].double()) * q.shape[-1] ** -0.5
         out.append(torch.einsum("hls,shd->lhd", scores.softmax(-1), v[start:end].double()))
@@ -31,7 +33,9 @@ def test_matches_one_sequence_at_a_time(lengths, shared, heads, size, seed):
     shape = (7, heads, size) if shared else (len(lengths), 7, heads, size)
     q = torch.randn(shape, generator=g)
     k, v = torch.randn(2, int(cu[-1]), heads, size, generator=g)
-    torch.testing.assert_close(varlen_cross_attention(q, k, v, cu).double(), one_by_one(q, k, v, cu.tolist()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        varlen_cross_attention(q, k, v, cu).double(), one_by_one(q, k, v, cu.tolist()), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_gradients(generator):
@@ -48,7 +52,11 @@ def test_no_sequences():
 
 @pytest.mark.parametrize(
     ("cu", "message"),
-    [([0, 3], "must increase from 0 to the number of keys 5"), ([0, 2, 2, 5], "must increase"), ([1, 5], "must increase")],
+    [
+        ([0, 3], "must increase from 0 to the number of keys 5"),
+        ([0, 2, 2, 5], "must increase"),
+        ([1, 5], "must increase"),
+    ],
 )
 def test_bad_bounds(cu, message):
     k = torch.rand(5, 2, 32)

@@ -1,5 +1,7 @@
 """The identity encoder: sets without order, sizes of the paper, weights on disk."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -37,7 +39,7 @@ def test_code_does_not_depend_on_batch_mates(encoder, photos):
     counts = (3, 1, 16, 3, 1)
     together = encoder(photos, bounds(*counts))
     edges = bounds(*counts).tolist()
-    for index, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for index, (start, end) in enumerate(pairwise(edges)):
         alone = encoder(photos[start:end], bounds(end - start))
         torch.testing.assert_close(together[index], alone[0], atol=1e-5, rtol=0)
 
@@ -71,6 +73,15 @@ def test_saved_weights_come_back(encoder, tiny, tmp_path):
     assert other.fingerprint() != encoder.fingerprint()
     load_weights(other, tmp_path / "encoder.safetensors")
     assert other.fingerprint() == encoder.fingerprint()
+
+
+def test_fingerprint_follows_the_weights(encoder, tiny):
+    other = OmniIDEncoder.from_preset(tiny)
+    other.load_state_dict(encoder.state_dict())
+    assert other.fingerprint() == encoder.fingerprint()
+    with torch.no_grad():
+        other.queries[0, 0] += 1
+    assert other.fingerprint() != encoder.fingerprint()
 
 
 def test_damaged_weights_are_refused(encoder, tmp_path):

@@ -118,7 +118,8 @@ def test_a_batch_of_two_people_equals_two_single_runs(transformer, adapter):
 def test_one_identity_serves_a_batch_and_repeat_copies_in_a_row(transformer, adapter):
     kv = adapter.project(tokens())
     torch.testing.assert_close(
-        output(transformer, [IdentityUse(kv)], **inputs(3)), output(transformer, [IdentityUse(kv.repeat(3))], **inputs(3))
+        output(transformer, [IdentityUse(kv)], **inputs(3)),
+        output(transformer, [IdentityUse(kv.repeat(3))], **inputs(3)),
     )
     two = adapter.project(tokens(2)).repeat(2)
     assert torch.equal(two.keys[:, 0], two.keys[:, 1])

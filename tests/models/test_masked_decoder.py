@@ -30,7 +30,9 @@ def loss_and_gradients(decoder, codes, *rest, fast_rows):
 def test_fast_rows_change_neither_loss_nor_gradients(tiny, inputs, num_self_blocks, generator):
     decoder, codes, targets, masks, visible = inputs
     if num_self_blocks != 2:
-        decoder = MaskedDecoder(dataclasses.replace(tiny.decoder, num_self_blocks=num_self_blocks), tiny.encoder).double()
+        decoder = MaskedDecoder(
+            dataclasses.replace(tiny.decoder, num_self_blocks=num_self_blocks), tiny.encoder
+        ).double()
     plain, plain_gradients = loss_and_gradients(decoder, codes, targets, masks, visible, fast_rows=False)
     fast, fast_gradients = loss_and_gradients(decoder, codes, targets, masks, visible, fast_rows=True)
     assert abs(plain - fast) <= 1e-12 * abs(plain)

@@ -79,7 +79,8 @@ def test_the_seed_decides_the_weights_and_the_global_state_is_left_alone():
 
 def test_listed_words_are_one_token_and_all_others_are_spelled(pipeline):
     clip, t5 = pipeline.tokenizer, pipeline.tokenizer_2
-    assert clip.tokenize("Photo of the other head.") == ["photo</w>", "of</w>", "the</w>", "other</w>", "head</w>", ".</w>"]
+    words = ["photo", "of", "the", "other", "head", "."]
+    assert clip.tokenize("Photo of the other head.") == [word + "</w>" for word in words]
     assert t5.tokenize("Photo of the other head.") == ["▁Photo", "▁of", "▁the", "▁other", "▁head", "."]
     assert "".join(clip.tokenize("zebra")).removesuffix("</w>") == "zebra"
     assert "".join(t5.tokenize("Zebra")).removeprefix("▁") == "Zebra"

@@ -12,7 +12,9 @@ WEIGHTS = {"w": torch.arange(6.0).view(2, 3)}
 
 
 def save(run, step, keep=2):
-    return save_checkpoint(run, step, WEIGHTS, {"w": WEIGHTS["w"] / 2}, {"optimizer": {"lr": 0.1}}, 'name = "x"\n', keep)
+    return save_checkpoint(
+        run, step, WEIGHTS, {"w": WEIGHTS["w"] / 2}, {"optimizer": {"lr": 0.1}}, 'name = "x"\n', keep
+    )
 
 
 def test_round_trip(tmp_path):

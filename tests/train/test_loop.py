@@ -25,7 +25,15 @@ def trainer(tiny, records, run, resume=False, rows=None, **changes):
     config = dataclasses.replace(tiny.train.mtd, **changes)
     rows = rows or open_records(records, "train")
     return Trainer(
-        MTDStage(tiny), tiny, config, rows, open_records(records, "validation"), run, resume=resume, device="cpu", progress=False
+        MTDStage(tiny),
+        tiny,
+        config,
+        rows,
+        open_records(records, "validation"),
+        run,
+        resume=resume,
+        device="cpu",
+        progress=False,
     )
 
 
@@ -38,17 +46,26 @@ def test_run_leaves_log_samples_checkpoints_and_weights(tiny, records, tmp_path)
     result = one.run()
     assert result.step == 8 and len(result.losses) == 8 and not result.interrupted
     assert [row["step"] for row in logged(tmp_path / "run")] == list(range(1, 9))
-    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-00000006", "checkpoint-00000008"]
+    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == [
+        "checkpoint-00000006",
+        "checkpoint-00000008",
+    ]
     assert (tmp_path / "run" / "samples" / "step-00000008.png").is_file()
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     one.export(tmp_path / "weights")
-    assert {path.name for path in (tmp_path / "weights").iterdir()} == {"preset.toml", "encoder.safetensors", "decoder.safetensors"}
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == {
+        "preset.toml",
+        "encoder.safetensors",
+        "decoder.safetensors",
+    }
 
 
 @pytest.mark.slow
 def test_loss_falls_on_a_small_set(tiny, records, tmp_path):
     rows = open_records(records, "train").select(range(4))
-    result = trainer(tiny, records, tmp_path, rows=rows, steps=300, lr=3e-3, warmup_steps=10, save_every=1000, sample_every=1000).run()
+    result = trainer(
+        tiny, records, tmp_path, rows=rows, steps=300, lr=3e-3, warmup_steps=10, save_every=1000, sample_every=1000
+    ).run()
     assert sum(result.losses[-20:]) < 0.5 * sum(result.losses[:20])
 
 
@@ -133,7 +150,9 @@ def preset_file(tiny, tmp_path):
 
 def test_interrupt_saves_and_exits_with_zero(preset_file, records, tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen(command(preset_file, records, run, "--set", "train.mtd.steps=100000"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(preset_file, records, run, "--set", "train.mtd.steps=100000"), stderr=subprocess.PIPE, text=True
+    )
     wait_for_steps(run, 3, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -150,7 +169,9 @@ def test_ten_kills_change_nothing(preset_file, records, tmp_path):
     run, moments, kills = tmp_path / "killed", random.Random(0), 0
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     while kills < 10:
-        process = subprocess.Popen(command(preset_file, records, run, "--resume"), env=environment, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(preset_file, records, run, "--resume"), env=environment, stderr=subprocess.DEVNULL
+        )
         done = len(logged(run)) if (run / "metrics.jsonl").exists() else 0
         if wait_for_steps(run, min(done + 1, 58), process) is False:
             break
@@ -158,7 +179,9 @@ def test_ten_kills_change_nothing(preset_file, records, tmp_path):
         process.kill()
         process.wait()
         kills += 1
-    subprocess.run(command(preset_file, records, run, "--resume"), check=True, env=environment, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        command(preset_file, records, run, "--resume"), check=True, env=environment, stderr=subprocess.DEVNULL
+    )
     assert kills == 10
     assert [row["loss"] for row in logged(run)] == whole.losses
     assert logged(run)[-1]["validation_loss"] == whole.validation_loss

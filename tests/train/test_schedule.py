@@ -1,10 +1,12 @@
 """Rates as functions of the step."""
 
+from itertools import pairwise
+
 import pytest
 
 from omniid.train.schedule import ema_decay, learning_rate
 
-SETTINGS = dict(lr=2.0, warmup_steps=10, steps=110, min_lr_ratio=0.1)
+SETTINGS = {"lr": 2.0, "warmup_steps": 10, "steps": 110, "min_lr_ratio": 0.1}
 
 
 def test_warm_up_is_linear_and_never_zero():
@@ -15,7 +17,7 @@ def test_cosine_falls_to_its_end_and_stays():
     values = [learning_rate(step, **SETTINGS) for step in range(10, 130)]
     assert values[0] == pytest.approx(2.0) and values[50] == pytest.approx(1.1)
     assert values[100:] == pytest.approx([0.2] * 20)
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(values))
 
 
 def test_ema_starts_short():

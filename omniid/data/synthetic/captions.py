@@ -1,8 +1,8 @@
 """What can be said about a synthetic picture, from a small vocabulary."""
 
 from .person import Person
-from .view import BACKGROUND_COLOURS, EXPRESSIONS, View
 from .traits import EYE_COLOURS, HAIR_COLOURS
+from .view import BACKGROUND_COLOURS, EXPRESSIONS, View
 
 OPENING = "photo of a person"
 
@@ -10,10 +10,18 @@ _BEARD = {
     "none": "", "stubble": "stubble", "short beard": "a short beard", "full beard": "a full beard",
     "mustache": "a mustache", "goatee": "a goatee",
 }  # fmt: skip
-_HAIR = {"short": "short", "medium": "medium", "long": "long", "curly": "curly", "shaved": "shaved", "receding": "receding"}
+_HAIR = {
+    "short": "short",
+    "medium": "medium",
+    "long": "long",
+    "curly": "curly",
+    "shaved": "shaved",
+    "receding": "receding",
+}
 _EXPRESSION = {
     "neutral": "neutral expression", "smiling": "smiling", "laughing": "laughing", "open mouth": "with open mouth",
-    "closed eyes": "with closed eyes", "surprised": "surprised", "frowning": "frowning", "sad": "sad", "pouting": "pouting",
+    "closed eyes": "with closed eyes", "surprised": "surprised", "frowning": "frowning", "sad": "sad",
+    "pouting": "pouting",
 }  # fmt: skip
 _BACKGROUND = {"plain": "{} background", "gradient": "{} background", "blurred": "blurred {} background"}
 _YAW = ("looking to the left", "looking to the right", "looking at the camera")
@@ -47,7 +55,14 @@ def caption(person: Person, view: View) -> str:
 
 
 def _vocabulary() -> tuple[str, ...]:
-    phrases = [OPENING, "with a bald head and hair eyes", *_BEARD.values(), *_HAIR.values(), "freckles", *_EXPRESSION.values()]
+    phrases = [
+        OPENING,
+        "with a bald head and hair eyes",
+        *_BEARD.values(),
+        *_HAIR.values(),
+        "freckles",
+        *_EXPRESSION.values(),
+    ]
     phrases += [*HAIR_COLOURS, *EYE_COLOURS, *BACKGROUND_COLOURS, *_YAW, *_PITCH, *_LIGHT]
     phrases += [phrase.format("") for phrase in _BACKGROUND.values()]
     assert set(_EXPRESSION) == set(EXPRESSIONS)

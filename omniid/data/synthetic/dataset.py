@@ -50,10 +50,10 @@ def write_records(
 ) -> list[Path]:
     """Writes people `first_person` to `first_person + num_people - 1` as `<split>-NNNNN.parquet` and returns the files.
 
-    The content depends on the arguments alone, not on `workers`. Shards that exist are kept and not made again, so an
-    interrupted call is repeated to be resumed; a folder of other arguments is refused by the content of its shards'
-    metadata. `progress(done, total)` is called in people. Raises ValueError for counts below 1 and for shards that
-    belong to other arguments.
+    The content depends on the arguments alone, not on `workers`. Complete shards are kept, so an interrupted call is
+    resumed by repeating it; each shard's metadata says what it was made from. `progress(done, total)` counts people.
+    Workers are spawned, so a script calls this under `if __name__ == "__main__":`. Raises ValueError for counts below 1
+    and for shards that were made from other arguments.
     """
     counts = {"num_people": num_people, "images_per_person": images_per_person, "workers": workers}
     for name, count in counts.items():
@@ -107,7 +107,8 @@ def _check_shard(path: Path, made_by: str) -> None:
     found = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"omniid_synthetic", b"").decode()
     if found != made_by:
         raise ValueError(
-            f"{path} holds other records ({found or 'not synthetic'}; wanted {made_by}); choose another folder or remove it"
+            f"{path} holds other records ({found or 'not synthetic'}; wanted {made_by}); "
+            "choose another folder or remove it"
         )
 
 

@@ -64,13 +64,32 @@ def sample_hair_style(rng: np.random.Generator, traits: Traits) -> HairStyle | N
     """A style that suits the traits; None for a shaved head."""
     male = traits.masculinity > 0.5
     names = ["short", "medium", "long", "curly", "shaved", "receding", "bald"]
-    name = str(rng.choice(names, p=[0.42, 0.08, 0.06, 0.14, 0.12, 0.1, 0.08] if male else [0.17, 0.26, 0.36, 0.16, 0.03, 0.0, 0.02]))
+    name = str(
+        rng.choice(
+            names, p=[0.42, 0.08, 0.06, 0.14, 0.12, 0.1, 0.08] if male else [0.17, 0.26, 0.36, 0.16, 0.03, 0.0, 0.02]
+        )
+    )
     if name == "bald":
         return None
     front = rng.normal(7.98, 0.06)
     corner = rng.uniform(-0.05, 0.1) if male else rng.uniform(-0.12, 0.03)
     side = np.array([0, 14, 28, 42, 54, 64, 76, 90, 105, 122, 150, 180.0])
-    heights = np.array([front, front, front + corner * 0.7, front - 0.1 + corner, 7.72, 7.42, rng.uniform(6.95, 7.3), 7.42, 7.38, 6.9, 6.6, 6.55])
+    heights = np.array(
+        [
+            front,
+            front,
+            front + corner * 0.7,
+            front - 0.1 + corner,
+            7.72,
+            7.42,
+            rng.uniform(6.95, 7.3),
+            7.42,
+            7.38,
+            6.9,
+            6.6,
+            6.55,
+        ]
+    )
     if rng.random() < 0.2:  # widow's peak
         heights[0] -= 0.07
     if name == "receding":
@@ -79,10 +98,19 @@ def sample_hair_style(rng: np.random.Generator, traits: Traits) -> HairStyle | N
     if name in ("short", "medium", "long") and rng.random() < (0.22 if male else 0.34):  # fringe
         bottom, slant = rng.uniform(7.6, 7.78), rng.uniform(-0.12, 0.12)
         for line, sign in zip(lines, (-1, 1), strict=True):
-            line[:5] = np.minimum(line[:5], bottom + slant * sign * np.array([0, 0.4, 0.8, 1.0, 0.6]) + rng.normal(0, 0.02, 5))
+            line[:5] = np.minimum(
+                line[:5], bottom + slant * sign * np.array([0, 0.4, 0.8, 1.0, 0.6]) + rng.normal(0, 0.02, 5)
+            )
     right, left = lines
     line = np.stack([np.concatenate([-side[::-1], side[1:]]), np.concatenate([right[::-1], left[1:]])])
-    thickness = {"short": rng.uniform(0.06, 0.16), "medium": rng.uniform(0.1, 0.18), "long": rng.uniform(0.09, 0.17), "curly": rng.uniform(0.16, 0.38), "shaved": 0.012, "receding": rng.uniform(0.03, 0.08)}[name]
+    thickness = {
+        "short": rng.uniform(0.06, 0.16),
+        "medium": rng.uniform(0.1, 0.18),
+        "long": rng.uniform(0.09, 0.17),
+        "curly": rng.uniform(0.16, 0.38),
+        "shaved": 0.012,
+        "receding": rng.uniform(0.03, 0.08),
+    }[name]
     end = {"medium": rng.uniform(6.0, 6.6), "long": rng.uniform(4.9, 5.7)}.get(name, NO_CURTAIN)
     if name == "curly" and not male and rng.random() < 0.6:
         end = rng.uniform(5.5, 6.6)
@@ -91,7 +119,9 @@ def sample_hair_style(rng: np.random.Generator, traits: Traits) -> HairStyle | N
     return HairStyle(name, line, float(thickness), float(curl), float(end), float(rng.uniform(58, 82)), float(density))
 
 
-def grow_hair(rng: np.random.Generator, model: HeadModel, traits: Traits, style: HairStyle, vertices: np.ndarray) -> Hair:
+def grow_hair(
+    rng: np.random.Generator, model: HeadModel, traits: Traits, style: HairStyle, vertices: np.ndarray
+) -> Hair:
     """The hair of a person whose head at rest is `vertices` (V, 3)."""
     noise = ValueNoise(rng)
     canonical = model.vertices
@@ -99,13 +129,17 @@ def grow_hair(rng: np.random.Generator, model: HeadModel, traits: Traits, style:
     ear = (np.abs(canonical[:, 0]) > 0.71) & (canonical[:, 1] < 7.42) & (np.abs(canonical[:, 2] - 0.35) < 0.45)
     inside[ear] = -1
     triangles = model.triangles[(model.materials == SKIN)]
-    triangles = triangles[(inside[triangles] > -0.12).all(1) & (inside[triangles] > -0.05).any(1) & ~ear[triangles].any(1)]
+    triangles = triangles[
+        (inside[triangles] > -0.12).all(1) & (inside[triangles] > -0.05).any(1) & ~ear[triangles].any(1)
+    ]
     used, flat = np.unique(triangles, return_inverse=True)
     points, normals, places = vertices[used], vertex_normals(vertices, model.triangles)[used], canonical[used]
     points, normals, places, triangles = subdivide(points, normals, places, flat.reshape(-1, 3))
     points, normals, places, triangles = subdivide(points, normals, places, triangles)
     inside = places[:, 1] - hairline(style, places)
-    bumps = noise(places[:, 0] * (4 + 8 * style.curl) + 7, (places[:, 1] + 0.7 * places[:, 2]) * (4 + 8 * style.curl)) - 0.5
+    bumps = (
+        noise(places[:, 0] * (4 + 8 * style.curl) + 7, (places[:, 1] + 0.7 * places[:, 2]) * (4 + 8 * style.curl)) - 0.5
+    )
     lift = style.thickness * smoothstep(-0.05, 0.4, inside) * (1 + (0.5 + 0.5 * style.curl) * bumps)
     # Long hair hangs: the shell bulges less at the back of the neck than at the crown.
     points = points + normals * (0.006 + lift)[:, None]
@@ -175,4 +209,9 @@ def subdivide(
     points = np.concatenate([points, (points[a] + points[b]) / 2 + normal * bend])
     (i, j, k), (ij, jk, ki) = triangles.T, middle.T
     four = [np.stack(corners, axis=1) for corners in ((i, ij, ki), (j, jk, ij), (k, ki, jk), (ij, jk, ki))]
-    return points, np.concatenate([normals, normal]), np.concatenate([places, (places[a] + places[b]) / 2]), np.concatenate(four)
+    return (
+        points,
+        np.concatenate([normals, normal]),
+        np.concatenate([places, (places[a] + places[b]) / 2]),
+        np.concatenate(four),
+    )

@@ -22,6 +22,8 @@ from omniid.errors import OmniIDError
 from omniid.files import atomic_path
 from omniid.kernels.rasterize import rasterize
 
+from .noise import smoothstep
+
 VERSION = 1
 """Part of the cache key: raise it when what is computed here changes."""
 
@@ -31,7 +33,7 @@ SKIN, MOUTH, EYE, TEETH, TONGUE = range(5)
 TEXTURE_SIZE = 320
 TEXTURE_AXIS_Z = 0.45  # decimetres, where the axis of the texture's cylinder stands
 TEXTURE_ANGLE = 1.95  # radians to either side that the texture covers
-TEXTURE_TOP, TEXTURE_BOTTOM = 8.6, 5.9  # decimetres
+TEXTURE_TOP, TEXTURE_BOTTOM = 8.6, 5.7  # decimetres
 
 SLIDER_FOLDERS = ("eyebrows", "eyes", "forehead", "head", "mouth", "neck", "nose", "cheek", "chin", "ears", "asym")
 OPPOSITES = {
@@ -157,9 +159,8 @@ def _build(source: Path) -> HeadModel:
 
     def target(path: Path) -> np.ndarray:
         """(V, 3) offsets of one target file, with the midpoint of the eyes held still."""
-        rows = np.array(
-            [line.split() for line in gzip.open(path, "rt") if line.strip() and not line.startswith("#")], dtype=float
-        )
+        with gzip.open(path, "rt") as lines:
+            rows = np.array([line.split() for line in lines if line.strip() and not line.startswith("#")], dtype=float)
         offsets = np.zeros_like(points)
         if len(rows):
             offsets[rows[:, 0].astype(int)] = rows[:, 1:]
@@ -219,7 +220,7 @@ def _build(source: Path) -> HeadModel:
             distance = np.linalg.norm(vertices[skin][:, None] - strip[None], axis=-1).min(1)
             lashes[skin] = np.maximum(lashes[skin], strength * np.clip(1.3 - distance / 0.03, 0, 1))
 
-    landmarks, eye_corners = _find_landmarks(vertices, triangles, triangle_materials, lips)
+    landmarks, eye_corners = _find_landmarks(vertices, triangles, triangle_materials, lips, lashes)
     return HeadModel(
         vertices=vertices.astype(np.float32),
         triangles=triangles,
@@ -263,10 +264,16 @@ def _read_obj(path: Path) -> tuple[np.ndarray, ...]:
 
 
 def texture_coordinates(points: np.ndarray) -> np.ndarray:
-    """Texel coordinates (..., 2), column and row, of points (..., 3) on the neutral head: a cylinder seen from outside."""
-    angle = np.arctan2(points[..., 0], points[..., 2] - TEXTURE_AXIS_Z)
+    """Texel coordinates (..., 2), column and row, of points (..., 3) of the neutral head.
+
+    A cylinder unrolled, seen from below where the chin is, so that the underside of the jaw has texels of its own.
+    """
+    depth = points[..., 2] - TEXTURE_AXIS_Z
+    angle = np.arctan2(points[..., 0], depth)
+    from_below = 0.4 * smoothstep(7.2, 6.3, points[..., 1])
+    height = points[..., 1] + from_below * (np.hypot(points[..., 0], depth) - 1)
     column = (angle / TEXTURE_ANGLE * 0.5 + 0.5) * TEXTURE_SIZE
-    row = (TEXTURE_TOP - points[..., 1]) / (TEXTURE_TOP - TEXTURE_BOTTOM) * TEXTURE_SIZE
+    row = (TEXTURE_TOP - height) / (TEXTURE_TOP - TEXTURE_BOTTOM) * TEXTURE_SIZE
     return np.stack([column, row], axis=-1)
 
 
@@ -320,7 +327,7 @@ def _occlusion(vertices: np.ndarray, triangles: np.ndarray, materials: np.ndarra
 
 
 def _find_landmarks(
-    vertices: np.ndarray, triangles: np.ndarray, materials: np.ndarray, lips: np.ndarray
+    vertices: np.ndarray, triangles: np.ndarray, materials: np.ndarray, lips: np.ndarray, lashes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vertex indices of the landmarks and of the eye corners (2, 2), from a frontal view of the neutral head."""
     size, pixel = 640, 0.004  # side of the view, decimetres a pixel
@@ -344,6 +351,14 @@ def _find_landmarks(
         return (column + 0.5 - size / 2) * pixel, 7.2 - (row + 0.5 - size / 2) * pixel
 
     eye_pixels = (ids >= 0) & (materials[ids] == EYE)
+    lids = candidates[lashes[candidates] > 0.2]
+
+    def nearest_lid(x: float, y: float) -> int:
+        """The vertex on the front edge of a lid; the wall behind it, seen beside it, stays when the eye closes."""
+        front = 1.41  # decimetres, where the lids of the neutral head come farthest forward
+        offsets = vertices[lids] - [x, y, front]
+        return int(lids[np.argmin(np.square(offsets).sum(1))])
+
     outlines, corners = [], []
     for left in (False, True):
         half = np.zeros_like(eye_pixels)
@@ -354,10 +369,10 @@ def _find_landmarks(
         upper, lower = [], []
         for share in (0.25, 0.5, 0.75):
             at = round(first + share * (last - first))
-            upper.append(nearest(*place(at, rows[columns == at].min())))
-            lower.append(nearest(*place(at, rows[columns == at].max())))
-        start = nearest(*place(first, rows[columns == first].mean()))
-        end = nearest(*place(last, rows[columns == last].mean()))
+            upper.append(nearest_lid(*place(at, rows[columns == at].min())))
+            lower.append(nearest_lid(*place(at, rows[columns == at].max())))
+        start = nearest_lid(*place(first, rows[columns == first].mean()))
+        end = nearest_lid(*place(last, rows[columns == last].mean()))
         outlines.append([start, *upper, end, *lower[::-1]])
         corners.append([end, start] if left else [start, end])  # outer corner, inner corner
 
@@ -374,9 +389,13 @@ def _find_landmarks(
 
     middle = candidates[np.abs(vertices[candidates, 0]) < 0.02]
     profile = middle[np.argsort(-vertices[middle, 1])]
-    tip = profile[np.argmax(np.where((vertices[profile, 1] < 7.1) & (vertices[profile, 1] > 6.8), vertices[profile, 2], -9))]
+    tip = profile[
+        np.argmax(np.where((vertices[profile, 1] < 7.1) & (vertices[profile, 1] > 6.8), vertices[profile, 2], -9))
+    ]
     # The subnasale: the deepest point of the profile between the tip of the nose and the upper lip.
-    below = profile[(vertices[profile, 1] < vertices[tip, 1] - 0.04) & (vertices[profile, 1] > vertices[upper[2], 1] + 0.04)]
+    below = profile[
+        (vertices[profile, 1] < vertices[tip, 1] - 0.04) & (vertices[profile, 1] > vertices[upper[2], 1] + 0.04)
+    ]
     base = below[np.argmin(vertices[below, 2])]
     bridge = [nearest(0, y, middle) for y in np.linspace(7.28, vertices[tip, 1], 4)]
     wings = [nearest(side * 0.17, vertices[base, 1] + 0.09) for side in (-1, 1)]
@@ -387,7 +406,9 @@ def _find_landmarks(
     # the neck left out by a plane that rises towards the back.
     skin_vertices = np.unique(triangles[materials == SKIN])
     above_neck = vertices[:, 1] + 0.55 * vertices[:, 2] > 6.85
-    face = skin_vertices[above_neck[skin_vertices] & (vertices[skin_vertices, 2] > 0.45) & (np.abs(vertices[skin_vertices, 0]) < 0.70)]  # no ears
+    face = skin_vertices[
+        above_neck[skin_vertices] & (vertices[skin_vertices, 2] > 0.45) & (np.abs(vertices[skin_vertices, 0]) < 0.70)
+    ]  # no ears
     offsets = vertices[face, :2] - [0, 6.95]
     angles, radii = np.arctan2(offsets[:, 0], -offsets[:, 1]), np.linalg.norm(offsets, axis=1)
     jaw = []
@@ -398,5 +419,5 @@ def _find_landmarks(
     placeholder = corners[0][0]  # eye centres are the means of eye corners; their entries are not used
     indices = [placeholder, corners[1][0], base, right_mouth, left_mouth]
     indices += right_brow + left_brow + outlines[0] + outlines[1] + bridge + wings
-    indices += [right_mouth, *upper, left_mouth, *lower[::-1]] + jaw
+    indices += [right_mouth, *upper, left_mouth, *lower[::-1], *jaw]
     return np.array(indices, dtype=np.int32), np.array(corners, dtype=np.int32)

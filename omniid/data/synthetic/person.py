@@ -8,9 +8,9 @@ import dataclasses
 
 import numpy as np
 
+from .colour import to_linear
 from .hair import Hair, grow_hair, sample_hair_style
 from .head_model import AGES, ETHNICITIES, SEXES, HeadModel, head_model
-from .colour import to_linear
 from .skin import paint_skin
 from .traits import Traits
 
@@ -24,7 +24,8 @@ class Person:
     vertices: np.ndarray
     """(V, 3) float32, the shaped head at rest, decimetres."""
     texture: np.ndarray
-    """(S, S, 3) float32 in [0, 1], linear light: skin with brows, beard and marks (see `head_model.texture_coordinates`)."""
+    """(S, S, 3) float32 in [0, 1], linear light: skin with brows, beard and marks, laid out by
+    `head_model.texture_coordinates`."""
     hair: Hair | None
     """None for a shaved head."""
 

@@ -13,7 +13,8 @@ from .traits import Traits
 
 # sRGB of skin from fair to dark.
 _TONES = np.array(
-    [[0.98, 0.85, 0.77], [0.93, 0.76, 0.65], [0.85, 0.65, 0.51], [0.71, 0.50, 0.36], [0.55, 0.37, 0.27], [0.40, 0.27, 0.21]]
+    [[0.98, 0.85, 0.77], [0.93, 0.76, 0.65], [0.85, 0.65, 0.51],
+     [0.71, 0.50, 0.36], [0.55, 0.37, 0.27], [0.40, 0.27, 0.21]]
 )  # fmt: skip
 
 
@@ -47,9 +48,13 @@ def paint_skin(rng: np.random.Generator, model: HeadModel, traits: Traits) -> np
     colour = colour * (1 - circles[..., None] * [0.8, 1, 0.85]) * (1 - shadow[..., None] * rng.uniform(0.6, 1.1, 3))
     colour = _wrinkles(rng, noise, traits, colour, x, y)
     if traits.freckles:
-        dots = noise(around * 34 + 11, y * 34) * (0.65 + 0.35 * noise(around * 9, y * 9 + 30))
+        dots = noise(around * 44 + 11, y * 44) * (0.65 + 0.35 * noise(around * 9, y * 9 + 30))
         where = _spot(side - 0.25, y - 7.02, 0.42, 0.26) + 0.3 * _spot(side, y - 7.7, 0.5, 0.25)
-        colour = _blend(colour, colour * [0.72, 0.56, 0.46], 0.75 * traits.freckles * smoothstep(0.6, 0.72, dots + 0.12 * where) * np.minimum(where, 1))
+        colour = _blend(
+            colour,
+            colour * [0.72, 0.56, 0.46],
+            0.75 * traits.freckles * smoothstep(0.6, 0.72, dots + 0.12 * where) * np.minimum(where, 1),
+        )
     for _ in range(traits.moles):
         colour = _mole(rng, colour, around, y, tone)
     if traits.scar:
@@ -89,11 +94,17 @@ def _mole(rng, colour, x, y, tone) -> np.ndarray:
     centre_x, centre_y = rng.uniform(-0.55, 0.55), rng.uniform(6.3, 7.9)
     radius = rng.uniform(0.014, 0.034)
     distance = np.hypot(x - centre_x, y - centre_y)
-    return _blend(colour, tone * rng.uniform([0.25, 0.18, 0.15], [0.55, 0.42, 0.38]), 0.9 * smoothstep(radius, radius * 0.6, distance))
+    return _blend(
+        colour,
+        tone * rng.uniform([0.25, 0.18, 0.15], [0.55, 0.42, 0.38]),
+        0.9 * smoothstep(radius, radius * 0.6, distance),
+    )
 
 
 def _scar(rng, colour, x, y) -> np.ndarray:
-    centre = np.array([rng.choice([-1, 1]) * rng.uniform(0.2, 0.55), rng.choice([6.75, 7.0, 7.75]) + rng.normal(0, 0.05)])
+    centre = np.array(
+        [rng.choice([-1, 1]) * rng.uniform(0.2, 0.55), rng.choice([6.75, 7.0, 7.75]) + rng.normal(0, 0.05)]
+    )
     angle, length = rng.uniform(0, np.pi), rng.uniform(0.1, 0.2)
     dx, dy = x - centre[0], y - centre[1]
     along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
@@ -116,13 +127,21 @@ def _brows(rng, noise, traits, colour, x, y, hair) -> np.ndarray:
         distance = sign * x
         t = (distance - inner) / (outer - inner)
         lift = rng.normal(0, 0.008)
-        middle = height + lift + rise * np.sin(np.clip(t, 0, 1) * np.pi / (2 * peak)) - drop * 0.25 * np.maximum(t - peak, 0) ** 1.5
+        middle = (
+            height
+            + lift
+            + rise * np.sin(np.clip(t, 0, 1) * np.pi / (2 * peak))
+            - drop * 0.25 * np.maximum(t - peak, 0) ** 1.5
+        )
         half = thickness * (0.35 + 0.65 * smoothstep(1.05, bow, t)) * smoothstep(-0.12, 0.15, t)
         band = smoothstep(1.15, 0.6, np.abs(y - middle) / np.maximum(half, 1e-3))
         band = band * smoothstep(-0.06, 0.05, t) * smoothstep(1.06, 0.9, t)
         # Strokes lean outwards: steep at the inner end, along the brow at the outer one.
         lean = 0.9 - 0.8 * np.clip(t, 0, 1)
-        stroke = noise((distance - (y - middle) * (1 - lean)) * 75 * lean + sign * 9, (y - middle) * 75 * (1 - lean) + distance * 10)
+        stroke = noise(
+            (distance - (y - middle) * (1 - lean)) * 75 * lean + sign * 9,
+            (y - middle) * 75 * (1 - lean) + distance * 10,
+        )
         alpha = np.maximum(alpha, band * np.clip(density + 0.55 * (stroke - 0.5), 0, 1) * (x * sign > -0.05))
     bridge = joined * _spot(x, y - height - 0.01, inner * 0.9, thickness * 0.7)
     return _blend(colour, shade, np.clip(np.maximum(alpha, bridge * (0.5 + noise(x * 60, y * 25))), 0, 1) * 0.96)
@@ -133,12 +152,17 @@ def beard_region(x: np.ndarray, y: np.ndarray, z: np.ndarray, beard: str) -> np.
     side = np.abs(x)
     cheek_line = 6.62 + 0.9 * np.maximum(side - 0.28, 0) + 1.1 * np.maximum(side - 0.55, 0)
     jaw = smoothstep(cheek_line + 0.05, cheek_line - 0.05, y) * smoothstep(0.5, 0.6, z)
-    jaw = jaw * smoothstep(6.02, 6.16, y + 0.5 * (z - 1.0))
     # Bare lips with a rim, and the moustache between nose and mouth.
     lips = smoothstep(1.25, 0.95, np.hypot(x / 0.29, (y - 6.605) / 0.115))
-    moustache = smoothstep(0.33, 0.27, side) * smoothstep(6.60, 6.68, y + 0.35 * np.maximum(side - 0.2, 0) + 0.3 * side) * smoothstep(6.85, 6.80, y + 0.25 * side)
+    moustache = (
+        smoothstep(0.33, 0.27, side)
+        * smoothstep(6.60, 6.68, y + 0.35 * np.maximum(side - 0.2, 0) + 0.3 * side)
+        * smoothstep(6.85, 6.80, y + 0.25 * side)
+    )
     chin = smoothstep(0.28, 0.2, side) * smoothstep(6.62, 6.50, y) * (z > 0.9)
-    link = smoothstep(0.2, 0.25, side) * smoothstep(0.36, 0.31, side) * smoothstep(6.8, 6.7, y) * smoothstep(6.3, 6.4, y)
+    link = (
+        smoothstep(0.2, 0.25, side) * smoothstep(0.36, 0.31, side) * smoothstep(6.8, 6.7, y) * smoothstep(6.3, 6.4, y)
+    )
     if beard in ("stubble", "short beard", "full beard"):
         region = np.maximum(np.maximum(jaw, moustache), link)
     elif beard == "mustache":
@@ -147,7 +171,8 @@ def beard_region(x: np.ndarray, y: np.ndarray, z: np.ndarray, beard: str) -> np.
         region = np.maximum(np.maximum(moustache, chin), link)
     else:
         return np.zeros_like(x)
-    return region * (1 - lips)
+    throat = smoothstep(6.14, 6.26, y + 0.5 * (z - 1.0))  # bare below the edge of the jaw
+    return region * (1 - lips) * throat
 
 
 def _beard(rng, noise, traits, colour, x, y, z, around, hair) -> np.ndarray:
@@ -156,8 +181,16 @@ def _beard(rng, noise, traits, colour, x, y, z, around, hair) -> np.ndarray:
     wobble = 0.03 * (noise(around * 8, y * 8) - 0.5)
     region = beard_region(x, y + wobble, z, traits.beard)
     grain = noise(around * 70 + 4, y * 30) - 0.5
-    strength = {"stubble": rng.uniform(0.3, 0.5), "short beard": 0.82, "full beard": 0.95, "mustache": 0.92, "goatee": 0.9}[traits.beard]
+    strength = {
+        "stubble": rng.uniform(0.3, 0.5),
+        "short beard": 0.82,
+        "full beard": 0.95,
+        "mustache": 0.92,
+        "goatee": 0.9,
+    }[traits.beard]
     patch = noise(around * 10 + 3, y * 6) - 0.5
-    alpha = np.clip(region * (strength + 0.35 * grain * (region > 0) + 0.2 * patch), 0, 1) * smoothstep(0.0, 0.3, region)
+    alpha = np.clip(region * (strength + 0.35 * grain * (region > 0) + 0.2 * patch), 0, 1) * smoothstep(
+        0.0, 0.3, region
+    )
     shade = np.clip(hair * rng.uniform(0.55, 0.95), 0, 1) * (1 + 0.5 * grain[..., None])
     return _blend(colour, shade, alpha)

@@ -65,7 +65,11 @@ class Traits:
             hair = str(rng.choice(["black", "brown", "dark brown", "blond", "red"], p=[0.12, 0.28, 0.2, 0.25, 0.15]))
         else:
             hair = str(rng.choice(["black", "dark brown", "brown", "red"], p=[0.5, 0.27, 0.18, 0.05]))
-        eye = str(rng.choice(list(EYE_COLOURS), p=[0.2, 0.05, 0.3, 0.2, 0.1, 0.15] if fair else [0.5, 0.33, 0.03, 0.04, 0.02, 0.08]))
+        eye = str(
+            rng.choice(
+                list(EYE_COLOURS), p=[0.2, 0.05, 0.3, 0.2, 0.1, 0.15] if fair else [0.5, 0.33, 0.03, 0.04, 0.02, 0.08]
+            )
+        )
         beard = str(rng.choice(BEARDS, p=[0.34, 0.17, 0.17, 0.12, 0.1, 0.1])) if masculinity > 0.5 else "none"
         paint = float(rng.uniform(0.4, 1)) if masculinity < 0.5 and rng.random() < 0.45 else 0.0
         lip_choices = [(1.0, 0.66, 0.64), (1.02, 0.72, 0.72), (0.86, 0.62, 0.62), (1.0, 0.55, 0.58), (0.78, 0.6, 0.66)]

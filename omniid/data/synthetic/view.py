@@ -9,17 +9,24 @@ import dataclasses
 
 import numpy as np
 
+
+def _both(unit: str, weight: float) -> dict[str, float]:
+    """A unit of eye or brow on both sides."""
+    part, _, rest = unit.partition("-")
+    return {f"{part}-{side}-{rest}": weight for side in ("left", "right")}
+
+
 EXPRESSIONS: dict[str, dict[str, float]] = {
     "neutral": {},
-    "smiling": {"mouth-corner-puller": 0.9, "eye-left-slit": 0.3, "eye-right-slit": 0.3, "mouth-elevation": 0.25},
-    "laughing": {"mouth-corner-puller": 0.9, "mouth-open": 0.35, "mouth-elevation": 0.5, "eye-left-slit": 0.5, "eye-right-slit": 0.5},
+    "smiling": {"mouth-corner-puller": 0.9, "mouth-elevation": 0.25, **_both("eye-slit", 0.3)},
+    "laughing": {"mouth-corner-puller": 0.9, "mouth-open": 0.35, "mouth-elevation": 0.5, **_both("eye-slit", 0.5)},
     "open mouth": {"mouth-open": 0.55},
-    "closed eyes": {"eye-left-closure": 1.0, "eye-right-closure": 1.0},
-    "surprised": {"eyebrows-left-up": 0.9, "eyebrows-right-up": 0.9, "eye-left-opened-up": 0.7, "eye-right-opened-up": 0.7, "mouth-open": 0.4},
-    "frowning": {"eyebrows-left-down": 0.9, "eyebrows-right-down": 0.9, "mouth-depression": 0.6, "nose-compression": 0.3},
-    "sad": {"eyebrows-left-inner-up": 0.9, "eyebrows-right-inner-up": 0.9, "mouth-depression": 0.7, "eye-left-slit": 0.25, "eye-right-slit": 0.25},
+    "closed eyes": _both("eye-closure", 1.0),
+    "surprised": {**_both("eyebrows-up", 0.9), **_both("eye-opened-up", 0.7), "mouth-open": 0.4},
+    "frowning": {**_both("eyebrows-down", 0.9), "mouth-depression": 0.6, "nose-compression": 0.3},
+    "sad": {**_both("eyebrows-inner-up", 0.9), "mouth-depression": 0.7, **_both("eye-slit", 0.25)},
     "pouting": {"mouth-pursing": 0.6, "mouth-protusion": 0.5},
-}  # fmt: skip
+}
 """Expression units of the head model at full strength, by the words of the caption."""
 
 BACKGROUND_COLOURS = {

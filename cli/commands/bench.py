@@ -1,0 +1,37 @@
+"""omniid bench: run the benchmarks of a checkout."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--save", is_flag=True, help="Also write dated reports under benchmarks/results.")
+@click.option("--list", "list_only", is_flag=True, help="Print the names of the benchmarks.")
+def bench(names: tuple[str, ...], save: bool, list_only: bool) -> None:
+    """Time kernels and the whole path, e.g. omniid bench encode generate; without names, all of them.
+
+    The scripts belong to the repository and are not installed: this needs a checkout.
+    """
+    import omniid
+
+    folder = Path(omniid.__file__).resolve().parent.parent / "benchmarks"
+    scripts = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    if not scripts:
+        raise click.ClickException("the benchmarks come with the repository; install from a checkout: pip install -e .")
+    unknown = [name for name in names if name not in scripts]
+    if unknown:
+        raise click.UsageError(f"no benchmark {unknown[0]!r}; use one of: {', '.join(scripts)}")
+    if list_only:
+        click.echo("\n".join(scripts))
+        return
+    failed = []
+    for name in names or scripts:
+        command = [sys.executable, str(scripts[name]), *(["--save"] if save else [])]
+        if subprocess.run(command, cwd=folder, check=False).returncode:
+            failed.append(name)
+    if failed:
+        raise click.ClickException(f"failed: {', '.join(failed)}")

@@ -1,0 +1,92 @@
+"""Stage `base`: the autoencoder and the transformer learn, and the folder between them is a FLUX pipeline."""
+
+import pytest
+import torch
+
+from omniid.config import ConfigError, load_preset
+from omniid.data.few_to_many import FewToManyBatches
+from omniid.data.records import open_records
+from omniid.models.flux import encode_images, load_base
+from omniid.train.base import AutoencoderStage, BaseStage, random_crops, vary_captions
+
+
+@pytest.fixture(scope="module")
+def batch(records):
+    rows = open_records(records, "train")
+    return FewToManyBatches(rows, 32, 4, (1, 3), 2, seed=0, steps=1)[0].to_device(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def trained_autoencoder(tiny, batch):
+    stage = AutoencoderStage(tiny)
+    return stage, descend(stage, batch, steps=30)
+
+
+def descend(stage, batch, steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in stage.model.parameters() if p.requires_grad], lr=1e-3)
+    stage.model.train()
+    losses = []
+    for step in range(steps):
+        loss, _ = stage.loss(batch, torch.Generator().manual_seed(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    stage.model.eval()
+    return losses
+
+
+def test_the_autoencoder_learns(trained_autoencoder):
+    _, losses = trained_autoencoder
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_exported_latents_are_normalised(trained_autoencoder, batch, tmp_path):
+    stage, _ = trained_autoencoder
+    images = batch.targets.flatten(0, 1)
+    with torch.no_grad():
+        expected = stage.model.encode(images)
+        stage.export(tmp_path)
+        latents = encode_images(load_base(tmp_path / "base").vae, images)
+    torch.testing.assert_close(latents, expected, atol=0.1, rtol=0.1)  # stored in bf16
+    assert latents.std().item() == pytest.approx(1, abs=0.3)
+
+
+def test_the_transformer_and_both_text_encoders_learn(tiny, trained_autoencoder, batch, tmp_path, generator):
+    trained_autoencoder[0].export(tmp_path)
+    stage = BaseStage(tiny, tmp_path)
+    before = {name: parameter.detach().clone() for name, parameter in stage.model.named_parameters()}
+    losses = descend(stage, batch, steps=25)
+    assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+    for part in ("transformer", "text_encoder", "text_encoder_2"):
+        parameters = [(name, p) for name, p in stage.model.named_parameters() if name.startswith(part + ".")]
+        assert any(not torch.equal(before[name], p) for name, p in parameters), part
+    assert all(parameter.grad is None for parameter in stage.vae.parameters())
+    assert stage.sample(batch, generator).shape == (4, 3, 3, 32, 32)
+    stage.export(tmp_path)
+    exported = load_base(tmp_path / "base").transformer
+    assert not torch.equal(exported.proj_out.weight, before["transformer.proj_out.weight"])
+
+
+def test_a_preset_with_a_trained_base_is_refused():
+    with pytest.raises(ConfigError, match=r"preset 'paper' has no \[base.sizes\]"):
+        AutoencoderStage(load_preset("paper"))
+
+
+def test_crops_lie_on_the_latent_grid_and_small_images_stay_whole(generator):
+    rows = torch.arange(64.0).view(1, 1, 64, 1).expand(5, 3, 64, 64)
+    for _ in range(5):
+        crops = random_crops(rows, 3, 32, generator)
+        assert crops.shape == (3, 3, 32, 32)
+        assert crops[0, 0, 0, 0] % 8 == 0
+    assert random_crops(rows, 9, 128, generator).shape == (5, 3, 64, 64)
+
+
+def test_captions_are_dropped_and_get_odd_words_at_the_given_rates(generator):
+    captions = ["photo of a person"] * 2000
+    varied = vary_captions(captions, 0.1, generator)
+    assert varied.count("") == pytest.approx(200, abs=60)
+    odd = [caption for caption in varied if len(caption.split()) == 5]
+    assert len(odd) == pytest.approx(270, abs=70)
+    assert len(set(odd)) > 0.9 * len(odd)
+    assert vary_captions(captions, 1.0, generator) == [""] * 2000

@@ -1,0 +1,136 @@
+"""Stage `flow`: only encoder and adapter train, the loss falls, and what it exports belongs together."""
+
+import pytest
+import torch
+
+from omniid.config import preset_to_toml
+from omniid.data.few_to_many import FewToManyBatches
+from omniid.data.records import open_records
+from omniid.errors import OmniIDError
+from omniid.models.encoder import OmniIDEncoder, load_encoder
+from omniid.models.identity_adapter import IdentityAdapter
+from omniid.models.mini_base import build_base
+from omniid.train.base import save_base
+from omniid.train.flow import FlowStage
+from omniid.train.flow_matching import draw_times, flow_matching_loss
+
+
+@pytest.fixture(scope="module")
+def weights(tiny, tmp_path_factory):
+    """A weights folder after stages `base` and `mtd`, with random weights that let the adapter act."""
+    folder = tmp_path_factory.mktemp("weights")
+    pipeline = build_base(tiny.base.sizes, tiny.base.max_sequence_length, ["photo", "of", "a", "person"], seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in pipeline.transformer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    save_base(pipeline, folder / "base")
+    torch.manual_seed(0)
+    OmniIDEncoder.from_preset(tiny).save(folder / "encoder.safetensors")
+    (folder / "preset.toml").write_text(preset_to_toml(tiny))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batch(records):
+    rows = open_records(records, "train")
+    return FewToManyBatches(rows, 32, 4, (1, 3), 2, seed=0, steps=1)[0].to_device(torch.device("cpu"))
+
+
+def test_only_encoder_and_adapter_get_gradients(tiny, weights, batch, generator):
+    stage = FlowStage(tiny, weights)
+    with torch.no_grad():
+        for to_v in stage.adapter.to_v_id:  # zero values let no gradient through to tokens in the first step
+            to_v.weight.normal_(std=0.1, generator=generator)
+    stage.loss(batch, generator)[0].backward()
+    assert set(stage.model) == {"encoder", "adapter"}
+    assert all(parameter.grad is None for parameter in stage.transformer.parameters())
+    assert stage.encoder.queries.grad.abs().sum() > 0
+    assert all(to_k.weight.grad.abs().sum() > 0 for to_k in stage.adapter.to_k_id)
+    assert stage.pipeline.text_encoder is None and stage.pipeline.text_encoder_2 is None
+
+
+def test_the_loss_falls(tiny, weights, batch):
+    torch.manual_seed(0)
+    stage = FlowStage(tiny, weights)
+    optimizer = torch.optim.AdamW(stage.model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        loss, _ = stage.loss(batch, torch.Generator().manual_seed(0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_same_generator_gives_the_same_loss(tiny, weights, batch):
+    stage = FlowStage(tiny, weights)
+    one, two, other = (stage.loss(batch, torch.Generator().manual_seed(seed))[0] for seed in (5, 5, 6))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_each_person_gets_its_own_tokens(tiny, weights, batch, generator):
+    """Exchanging the photos of two people changes the loss of exactly those two."""
+    stage = FlowStage(tiny, weights)
+    with torch.no_grad():
+        for to_v in stage.adapter.to_v_id:
+            to_v.weight.normal_(generator=generator)
+    codes = stage.encoder(batch.inputs, batch.cu_inputs).detach()
+    kv = stage.adapter.project(codes).repeat(2)
+    for person in range(len(codes)):
+        alone = stage.adapter.project(codes[person : person + 1])
+        for target in range(2):
+            torch.testing.assert_close(kv.keys[:, 2 * person + target], alone.keys[:, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_sample_grid_shows_inputs_target_and_generated(tiny, weights, batch, generator):
+    grid = FlowStage(tiny, weights).sample(batch, generator)
+    assert grid.shape == (4, 5, 3, 32, 32)
+    assert torch.equal(grid[:, 2], batch.targets[:, 0])
+    assert torch.isfinite(grid).all() and grid.abs().max() <= 1
+
+
+def test_exported_adapter_names_the_exported_encoder(tiny, weights, tmp_path):
+    FlowStage(tiny, weights).export(tmp_path)
+    (tmp_path / "preset.toml").write_text(preset_to_toml(tiny))
+    adapter = IdentityAdapter.load(tmp_path / "adapter.safetensors")
+    assert adapter.encoder_fingerprint == load_encoder(tmp_path).fingerprint()
+
+
+def test_a_missing_encoder_or_base_is_named(tiny, weights, tmp_path):
+    with pytest.raises(OmniIDError, match=r"encoder\.safetensors does not exist"):
+        FlowStage(tiny, tmp_path)
+    (tmp_path / "encoder.safetensors").write_bytes((weights / "encoder.safetensors").read_bytes())
+    with pytest.raises(OmniIDError, match=r"base.*cannot be loaded"):
+        FlowStage(tiny, tmp_path)
+
+
+def test_the_true_velocity_has_no_error_and_zero_has_the_data_and_the_noise(generator):
+    targets = torch.randn(64, 2, 4, 4, generator=generator)
+    seen = {}
+
+    def perfect(noisy, time):
+        seen["time"] = time
+        # x_t = (1 - t) x + t eps, hence eps - x = (x_t - x) / t
+        return (noisy - targets) / time.view(-1, 1, 1, 1)
+
+    error = flow_matching_loss(perfect, targets, "uniform", torch.Generator().manual_seed(1))
+    assert error.shape == (64,)
+    assert (error * seen["time"] ** 2).max() < 1e-9
+    zero = flow_matching_loss(lambda noisy, time: torch.zeros_like(noisy), targets, "uniform", generator)
+    assert zero.mean().item() == pytest.approx(2, rel=0.15)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+def test_times_lie_between_0_and_1(sampling, generator):
+    times = draw_times(2000, sampling, generator)
+    assert times.min() >= 0 and times.max() <= 1
+    assert times.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert times.std().item() == pytest.approx(12**-0.5 if sampling == "uniform" else 0.21, abs=0.02)
+
+
+def test_unknown_sampling_is_refused(generator):
+    with pytest.raises(ValueError, match="uniform or logit_normal, got 'beta'"):
+        draw_times(1, "beta", generator)
