@@ -20,7 +20,6 @@ from .shading import is_face, light_direction, shade_hair, shade_head, shadow_ma
 from .view import EXPRESSIONS, View
 
 SUPERSAMPLING = 2
-PIECE = 8192  # pixels shaded at a time, so that what is in between stays in the processor's cache
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,9 +77,7 @@ def render(person: Person, view: View, size: int = 128, aligned: bool = True) ->
     ids, depths, values = rasterize(points, model.triangles, attributes, fine, fine)
     covered = ids >= 0
     values, materials = values[covered], model.materials[ids[covered]]
-    pieces = [slice(start, start + PIECE) for start in range(0, len(values), PIECE)]
-    shaded = [shade_head(person, view, rotation, values[piece], materials[piece], shadow) for piece in pieces]
-    picture[covered] = np.concatenate(shaded) if shaded else 0
+    picture[covered] = shade_head(person, view, rotation, values, materials, shadow)
     face = np.zeros(ids.shape, dtype=bool)
     face[covered] = is_face(values[:, 3:6], materials)
 
