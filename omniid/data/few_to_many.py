@@ -4,6 +4,7 @@ A batch is a pure function of the records, the seed and the step. Resuming there
 the number of loader processes changes nothing.
 """
 
+import re
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -44,7 +45,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
     """Item s is the batch of step s. Each epoch walks all identities once in a new order.
 
     num_inputs: closed range of |X^s|, drawn per identity. num_targets: |X^r|. rank, world_size: this process takes every
-    world_size-th identity of the global batch. Targets are photos that are not among the inputs while there are enough.
+    world_size-th identity of the global batch. mirror: share of identities shown mirrored, captions included. Targets are photos that are not among the inputs while there are enough.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
         num_targets: int,
         seed: int,
         steps: int,
+        mirror: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -63,6 +65,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
             raise RecordError(f"batch_identities {batch_identities} is not a multiple of the {world_size} processes")
         self.rows, self.size, self.batch_identities = rows, size, batch_identities
         self.num_inputs, self.num_targets, self.seed, self.steps = num_inputs, num_targets, seed, steps
+        self.mirror = mirror
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
@@ -97,13 +100,14 @@ class FewToManyBatches(torch.utils.data.Dataset):
         num_inputs = min(int(rng.integers(low, high + 1)), count - 1)
         # Others first; a person with few photos meets some inputs again among the targets.
         targets = np.resize(np.concatenate([order[num_inputs:], order[:num_inputs]]), self.num_targets)
-        return {
+        sample = {
             "inputs": np.stack([decode_image(row["images"][i], self.size) for i in order[:num_inputs]]),
             "targets": np.stack([decode_image(row["images"][i], self.size) for i in targets]),
             "masks": np.stack([decode_mask(row["masks"][i], self.size) for i in targets]),
             "captions": [row["captions"][i] for i in targets],
             "identity_id": row["identity_id"],
         }
+        return mirrored(sample) if rng.random() < self.mirror else sample
 
     @staticmethod
     def _collate(samples: list[dict]) -> Batch:
@@ -117,3 +121,14 @@ class FewToManyBatches(torch.utils.data.Dataset):
             identity_ids=[one["identity_id"] for one in samples],
             skipped=[text for one in samples for text in one["skipped"]],
         )
+
+
+def mirrored(sample: dict) -> dict:
+    """A sample with all photos of the person mirrored and left and right exchanged in the captions."""
+    flipped = {name: sample[name][:, :, ::-1] for name in ("inputs", "targets", "masks")}
+    captions = [re.sub(r"\b(left|right)\b", _other_side, caption) for caption in sample["captions"]]
+    return sample | flipped | {"captions": captions}
+
+
+def _other_side(match: re.Match) -> str:
+    return {"left": "right", "right": "left"}[match.group()]

@@ -15,6 +15,7 @@ from omniid.config import ConfigError, Preset
 from omniid.data.few_to_many import Batch
 from omniid.models.dct_encoder import set_dct_encoder
 from omniid.models.flux import decode_latents, embed_text, encode_images, load_base, predict_velocity
+from omniid.models.identity_adapter import attach_identities
 from omniid.models.mini_base import build_base, copy_case
 from omniid.train.flow_matching import flow_matching_loss
 
@@ -147,7 +148,10 @@ class BaseStage:
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
             return predict_velocity(self.model["transformer"], noisy, time, text, guidance)
 
-        return flow_matching_loss(velocity, latents, self.config.timestep_sampling, generator).mean(), {}
+        # No identities: attached for its attention, whose backward is fast on a CPU.
+        with attach_identities(self.model["transformer"], [], for_training=True):
+            error = flow_matching_loss(velocity, latents, self.config.timestep_sampling, generator)
+        return error.mean(), {}
 
     @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:

@@ -46,7 +46,7 @@ class FlowStage:
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
             return predict_velocity(self.transformer, noisy, time, text, guidance)
 
-        with attach_identities(self.transformer, [IdentityUse(kv)]):
+        with attach_identities(self.transformer, [IdentityUse(kv)], for_training=True):
             error = flow_matching_loss(velocity, latents, self.config.timestep_sampling, generator)
         return error.mean(), {}
 

@@ -93,7 +93,7 @@ class Trainer:
         self._prepare_folder(resume)
         size = preset.decoder.image_size if stage.name == "mtd" else preset.base.image_size
         self.train_batches = self._batches(
-            train_rows, size, config.num_inputs, config.batch_identities, config.seed, config.steps
+            train_rows, size, config.num_inputs, config.batch_identities, config.seed, config.steps, config.mirror
         )
         per_rank = self.accelerator.num_processes
         held_out = min(len(validation_rows), config.batch_identities) // per_rank * per_rank or per_rank
@@ -223,10 +223,10 @@ class Trainer:
     def _trained(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in self.stage.model.named_parameters() if p.requires_grad]
 
-    def _batches(self, rows, size, num_inputs, batch_identities, seed, steps) -> FewToManyBatches:
+    def _batches(self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0) -> FewToManyBatches:
         accelerator = self.accelerator
         return FewToManyBatches(
-            rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps,
+            rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps, mirror,
             accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
 

@@ -4,12 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from omniid.data.few_to_many import FewToManyBatches
+from omniid.data.few_to_many import FewToManyBatches, mirrored
 from omniid.data.records import RecordError, decode_image, decode_mask, open_records
 
 
 def batches(rows, **changes):
-    settings = {"size": 32, "batch_identities": 4, "num_inputs": (1, 3), "num_targets": 2, "seed": 5, "steps": 50} | changes
+    settings = {
+        "size": 32,
+        "batch_identities": 4,
+        "num_inputs": (1, 3),
+        "num_targets": 2,
+        "seed": 5,
+        "steps": 50,
+    } | changes
     return FewToManyBatches(rows, **settings)
 
 
@@ -58,6 +65,22 @@ def test_targets_are_other_photos(rows):
 
 def test_more_targets_than_photos_repeat_photos(rows):
     assert batches(rows, num_targets=8)[0].targets.shape[1] == 8
+
+
+def test_mirrored_people_are_mirrored_as_a_whole(rows):
+    plain, mirror = batches(rows)[2], batches(rows, mirror=1.0)[2]
+    assert torch.equal(mirror.inputs, plain.inputs.flip(-1))
+    assert torch.equal(mirror.targets, plain.targets.flip(-1))
+    assert torch.equal(mirror.masks, plain.masks.flip(-1))
+
+
+def test_mirrored_captions_exchange_left_and_right():
+    sample = {name: np.zeros((1, 2, 2, 3)) for name in ("inputs", "targets", "masks")}
+    captions = ["looking to the left, light from the right", "leftover"]
+    assert mirrored(sample | {"captions": captions})["captions"] == [
+        "looking to the right, light from the left",
+        "leftover",
+    ]
 
 
 def damaged(rows, *places):
