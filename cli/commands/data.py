@@ -33,6 +33,9 @@ def data() -> None:
 )
 @click.option("--split", default="train", show_default=True, help="Split that the records are written as.")
 @click.option(
+    "--yaw-range", default=60.0, show_default=True, type=click.FloatRange(0, 90), help="Largest turn to a side, degrees."
+)
+@click.option(
     "--workers",
     default=os.cpu_count,
     show_default="all CPUs",
@@ -48,6 +51,7 @@ def synth(
     seed: int,
     first_person: int,
     split: str,
+    yaw_range: float,
     workers: int,
     as_json: bool,
 ) -> None:
@@ -73,6 +77,7 @@ def synth(
                 size=size,
                 seed=seed,
                 first_person=first_person,
+                yaw_range=yaw_range,
                 split=split,
                 workers=workers,
                 progress=lambda done, total: bar.update(done - bar.n),

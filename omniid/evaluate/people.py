@@ -12,6 +12,8 @@ from omniid.errors import OmniIDError
 
 # Training draws people from seeds counted up from 0; evaluation starts far above.
 FIRST_UNSEEN_SEED = 1_000_000_000
+YAW_RANGE = 45.0
+"""Degrees to either side, as in the set that the mini weights are trained on."""
 
 
 @dataclass(slots=True)
@@ -39,7 +41,7 @@ def unseen_people(
         person = Person.sample(seed)
         # Views of inputs and targets are numbered apart, so that more inputs leave the targets as they are.
         views = [1000 * seed + n for n in range(num_inputs)] + [1000 * seed + 500 + n for n in range(num_targets)]
-        faces = [render(person, View.sample(view), size=size) for view in views]
+        faces = [render(person, View.sample(view, yaw_range=YAW_RANGE), size=size) for view in views]
         photos.append(np.stack([face.image for face in faces]))
         masks.append(np.stack([face.mask for face in faces[num_inputs:]]))
         progress(index + 1)
