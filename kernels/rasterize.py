@@ -73,7 +73,9 @@ def interpolate(
     ids = np.ascontiguousarray(visible.ids, dtype=np.int32)
     depths = np.ascontiguousarray(visible.depths, dtype=np.float32)
     if ids.ndim != 2 or depths.shape != ids.shape or pixels.ndim != 1:
-        raise ValueError(f"ids {ids.shape}, depths {depths.shape}, pixels {pixels.shape}; expected (H, W) twice and (N,)")
+        raise ValueError(
+            f"ids {ids.shape}, depths {depths.shape}, pixels {pixels.shape}; expected (H, W) twice and (N,)"
+        )
     if len(pixels):
         if not (pixels.min() >= 0 and pixels.max() < ids.size):
             raise ValueError(f"pixels run from {pixels.min()} to {pixels.max()}, but the image has {ids.size}")

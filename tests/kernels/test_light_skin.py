@@ -40,9 +40,7 @@ def test_native_equals_reference(count: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("implementation", ["native", "reference"])
-def test_what_faces_away_has_the_light_of_all_sides_only(
-    implementation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_faces_away_has_the_light_of_all_sides_only(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if implementation == "native" and library() is None:
         pytest.skip("the native library is not built")
     monkeypatch.setenv("OMNIID_KERNELS", implementation)

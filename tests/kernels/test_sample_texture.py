@@ -8,7 +8,8 @@ from omniid.kernels.sample_texture import sample_texture, sample_texture_referen
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "channels", "count"), [(2, 2, 3, 1), (7, 31, 3, 257), (33, 5, 1, 63), (4, 4, 0, 5), (3, 3, 4, 0)]
+    ("height", "width", "channels", "count"),
+    [(2, 2, 3, 1), (7, 31, 3, 257), (33, 5, 1, 63), (4, 4, 0, 5), (3, 3, 4, 0)],
 )
 def test_native_equals_reference(
     height: int, width: int, channels: int, count: int, monkeypatch: pytest.MonkeyPatch

@@ -84,8 +84,9 @@ def render(person: Person, view: View, size: int = 128, aligned: bool = True) ->
         is_bare.ravel()[hairy[cover.opacity >= 1]] = False  # what nobody sees is not shaded
 
     # First layer: skin, eyes, mouth, before the background.
-    picture = np.empty((size, SUPERSAMPLING, size, SUPERSAMPLING, 3), dtype=np.float32)
-    picture[:] = _background(view, size)[:, None, :, None]  # smooth, so it needs no finer grid
+    picture = np.empty((size, SUPERSAMPLING, fine, 3), dtype=np.float32)
+    # Smooth, so it needs no finer grid.
+    picture[:] = _background(view, size).repeat(SUPERSAMPLING, axis=1)[:, None]
     picture = picture.reshape(fine * fine, 3)  # linear
     bare = np.flatnonzero(is_bare)
     attributes = np.concatenate([vertex_normals(posed, model.triangles), model.vertices, posed, _scalars()], axis=1)
