@@ -9,6 +9,8 @@ import functools
 import os
 from pathlib import Path
 
+import numpy as np
+
 BUILD_HINT = (
     "build it with: pip install -e . (needs CMake and a C++17 compiler; OMNIID_BUILD_NATIVE=1 shows why it fails)"
 )
@@ -33,3 +35,8 @@ def use_native(kernel: str) -> bool:
     if wish == "native":
         raise RuntimeError(f"OMNIID_KERNELS=native, but the native library for {kernel} is not built; {BUILD_HINT}")
     return False
+
+
+def address(array: np.ndarray) -> ctypes.c_void_p:
+    """Where a contiguous array lies, as an argument of a native function; the caller keeps the array alive."""
+    return ctypes.c_void_p(array.__array_interface__["data"][0])  # array.ctypes.data takes several times as long

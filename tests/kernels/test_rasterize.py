@@ -5,7 +5,14 @@ import pytest
 
 from omniid.kernels import rasterize as module
 from omniid.kernels._native_library import library
-from omniid.kernels.rasterize import rasterize, rasterize_reference
+from omniid.kernels.rasterize import (
+    Visible,
+    find_visible,
+    find_visible_reference,
+    interpolate,
+    interpolate_reference,
+    rasterize,
+)
 
 QUAD = np.array([[0, 0, 1], [8, 0, 1], [8, 8, 1], [0, 8, 1]], dtype=np.float32)
 TWO = np.array([[0, 1, 2], [0, 2, 3]])
@@ -39,10 +46,17 @@ def test_native_equals_reference(height: int, width: int, monkeypatch: pytest.Mo
     monkeypatch.setenv("OMNIID_KERNELS", "native")
     places, triangles, attributes = soup(height * width, 90, 150, max(height, width))
     native = rasterize(places, triangles, attributes, height, width)
-    reference = rasterize_reference(places, triangles, attributes, height, width)
-    np.testing.assert_array_equal(native.ids, reference.ids)
-    np.testing.assert_allclose(native.depths, reference.depths, rtol=1e-6)
-    np.testing.assert_allclose(native.values, reference.values, rtol=1e-4, atol=1e-5)
+    visible = find_visible_reference(places, triangles, height, width)
+    np.testing.assert_array_equal(native.ids, visible.ids)
+    np.testing.assert_allclose(native.depths, visible.depths, rtol=1e-6)
+    pixels = np.flatnonzero(visible.ids >= 0)[::-2]
+    expected = interpolate_reference(places, triangles, attributes, visible, pixels)
+    np.testing.assert_allclose(native.values.reshape(-1, 5)[pixels], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(
+        interpolate(places, triangles, attributes, find_visible(places, triangles, height, width), pixels),
+        native.values.reshape(-1, 5)[pixels],
+    )
+    assert not native.values[visible.ids < 0].any()
 
 
 def test_every_pixel_of_a_square_is_covered_once(implementation: str) -> None:
@@ -128,6 +142,27 @@ def test_inputs_are_unchanged_and_may_be_strided(implementation: str) -> None:
 def test_wrong_inputs_are_refused(points, triangles, attributes, size, words) -> None:
     with pytest.raises(ValueError, match=words):
         rasterize(points, triangles, attributes, *size)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        ([64], "run from 64 to 64, but the image has 64"),
+        ([-1], "run from -1"),
+        ([[0]], "expected \\(H, W\\) twice and \\(N,\\)"),
+        ([63], "show triangles -1"),
+    ],
+)
+def test_pixels_that_show_no_triangle_are_refused(pixels: list, words: str) -> None:
+    visible = find_visible(QUAD * [0.5, 0.5, 1], TWO, 8, 8)
+    with pytest.raises(ValueError, match=words):
+        interpolate(QUAD * [0.5, 0.5, 1], TWO, QUAD, visible, np.array(pixels))
+
+
+def test_what_another_mesh_shows_is_refused() -> None:
+    visible = Visible(np.full((2, 2), 2, dtype=np.int32), np.ones((2, 2), dtype=np.float32))
+    with pytest.raises(ValueError, match="triangles 2 to 2, expected 0 to 1"):
+        interpolate(QUAD, TWO, QUAD, visible, np.arange(4))
 
 
 def test_forcing_what_is_not_built_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:

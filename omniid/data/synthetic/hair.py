@@ -8,7 +8,9 @@ import dataclasses
 
 import numpy as np
 
-from .head_model import SKIN, TEXTURE_AXIS_Z, HeadModel, vertex_normals
+from omniid.kernels.vertex_normals import vertex_normals
+
+from .head_model import SKIN, TEXTURE_AXIS_Z, HeadModel
 from .noise import ValueNoise, smoothstep
 from .traits import Traits
 
@@ -200,9 +202,10 @@ def subdivide(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Each triangle in four; new points are lifted onto the curved surface that the normals describe."""
     edges = np.sort(np.concatenate([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [2, 0]]]), axis=1)
-    edges, flat = np.unique(edges, axis=0, return_inverse=True)
+    # One number an edge: NumPy sorts those fifty times as fast as rows.
+    keys, flat = np.unique(edges[:, 0].astype(np.int64) * len(points) + edges[:, 1], return_inverse=True)
     middle = flat.reshape(3, -1).T + len(points)  # of the edges ab, bc, ca
-    a, b = edges.T
+    a, b = np.divmod(keys, len(points))
     normal = normals[a] + normals[b]
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
     bend = ((normals[b] - normals[a]) * (points[b] - points[a])).sum(1, keepdims=True) / 8

@@ -21,6 +21,7 @@ from PIL import Image
 from omniid.errors import OmniIDError
 from omniid.files import atomic_path
 from omniid.kernels.rasterize import rasterize
+from omniid.kernels.vertex_normals import vertex_normals
 
 from .noise import smoothstep
 
@@ -285,17 +286,6 @@ def _surface_map(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
     columns = view[triangles, 0]
     whole = columns.max(1) - columns.min(1) < TEXTURE_SIZE / 2
     return rasterize(view, triangles[whole], vertices, TEXTURE_SIZE, TEXTURE_SIZE).values
-
-
-def vertex_normals(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
-    """(V, 3) float32 unit normals, each the area-weighted mean of the triangles around the vertex."""
-    a, b, c = (vertices[triangles[:, k]] for k in range(3))
-    faces = np.cross(b - a, c - a)
-    normals = np.empty((len(vertices), 3), dtype=np.float32)
-    flat = triangles.ravel(order="F")
-    for axis in range(3):
-        normals[:, axis] = np.bincount(flat, np.tile(faces[:, axis], 3), minlength=len(vertices))
-    return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
 
 
 def _occlusion(vertices: np.ndarray, triangles: np.ndarray, materials: np.ndarray, size: int = 160) -> np.ndarray:

@@ -5,6 +5,7 @@ the shape of the head (`vertices`), the painted skin (`texture`) and the hair (`
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -57,6 +58,17 @@ _NARROW = {"eye-push1": 0.15, "eye-push2": 0.15, "eye-scale": 0.45, "head-trans"
            "chin-jaw-drop": 0.3, "mouth-scale-depth": 0.35}  # fmt: skip
 
 
+@functools.cache
+def _pair(slider: str) -> tuple[str, float]:
+    """A slider's name without its side, and its spread."""
+    pair = slider[2:] if slider[:2] in ("l-", "r-") else slider
+    spread = _SPREAD[pair.split("-")[0]]
+    for prefix, narrow in _NARROW.items():
+        if pair.startswith(prefix):
+            spread = narrow
+    return pair, spread
+
+
 def _shape(rng: np.random.Generator, model: HeadModel, traits: Traits) -> np.ndarray:
     """(V, 3) float32: the neutral head with macro targets (sex, age, descent, weight) and sliders applied."""
     macro = np.zeros(len(model.macro_names), dtype=np.float32)
@@ -72,11 +84,7 @@ def _shape(rng: np.random.Generator, model: HeadModel, traits: Traits) -> np.nda
     values = np.zeros(len(model.slider_names), dtype=np.float32)
     shared: dict[str, float] = {}
     for i, name in enumerate(model.slider_names):
-        pair = name[2:] if name[:2] in ("l-", "r-") else name
-        spread = _SPREAD[pair.split("-")[0]]
-        for prefix, narrow in _NARROW.items():
-            if pair.startswith(prefix):
-                spread = narrow
+        pair, spread = _pair(name)
         own = rng.normal(0, spread)
         if pair != name:  # left and right agree but for a sixth
             own = shared.setdefault(pair, own) + rng.normal(0, spread / 6)

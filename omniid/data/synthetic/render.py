@@ -4,19 +4,21 @@ Colours are linear light at twice the resolution of the picture, averaged and de
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from omniid.faces import align
-from omniid.kernels.rasterize import rasterize
+from omniid.kernels.rasterize import find_visible, interpolate
+from omniid.kernels.vertex_normals import vertex_normals
 
 from .camera import frame_matrix, head_rotation, pose, project, project_landmarks
 from .captions import caption
 from .colour import to_linear, to_srgb
-from .head_model import head_model, vertex_normals
+from .head_model import head_model
 from .person import Person
-from .shading import is_face, light_direction, shade_hair, shade_head, shadow_map
+from .shading import hair_cover, is_face, light_direction, shade_hair, shade_head, shadow_map
 from .view import EXPRESSIONS, View
 
 SUPERSAMPLING = 2
@@ -66,35 +68,47 @@ def render(person: Person, view: View, size: int = 128, aligned: bool = True) ->
         both = np.concatenate([model.triangles, hair.triangles + len(posed)])
         shadow = shadow_map(np.concatenate([posed, hair_posed]), both, light_direction(view))
 
-    picture = _background(view, size)  # smooth, so it needs no finer grid
-    picture = picture.repeat(SUPERSAMPLING, axis=0).repeat(SUPERSAMPLING, axis=1)  # (fine, fine, 3) linear
-    fine = len(picture)
-
-    # First layer: skin, eyes, mouth.
+    # Which surface each pixel of the fine grid shows.
+    fine = size * SUPERSAMPLING
     points = _to_pixels(flat, posed, frame, view)
-    scalars = np.stack([model.occlusion, model.lips, model.lashes], axis=1)
-    attributes = np.concatenate([vertex_normals(posed, model.triangles), model.vertices, posed, scalars], axis=1)
-    ids, depths, values = rasterize(points, model.triangles, attributes, fine, fine)
-    covered = ids >= 0
-    values, materials = values[covered], model.materials[ids[covered]]
-    picture[covered] = shade_head(person, view, rotation, values, materials, shadow)
-    face = np.zeros(ids.shape, dtype=bool)
-    face[covered] = is_face(values[:, 3:6], materials)
+    front = find_visible(points, model.triangles, fine, fine)
+    is_bare = front.ids >= 0
+    if hair is not None:
+        hair_points = _to_pixels(project(hair_posed, view), hair_posed, frame, view)
+        hair_front = find_visible(hair_points, hair.triangles, fine, fine)
+        # The shell of the hair begins on the skin.
+        hairy = np.flatnonzero((hair_front.ids >= 0) & (hair_front.depths < front.depths + 0.01))
+        attributes = np.concatenate([hair.canonical, hair.margins], axis=1)
+        values = interpolate(hair_points, hair.triangles, attributes, hair_front, hairy)
+        cover = hair_cover(hair, values[:, :3], values[:, 3:])
+        is_bare.ravel()[hairy[cover.opacity >= 1]] = False  # what nobody sees is not shaded
+
+    # First layer: skin, eyes, mouth, before the background.
+    picture = np.empty((size, SUPERSAMPLING, fine, 3), dtype=np.float32)
+    # Smooth, so it needs no finer grid.
+    picture[:] = _background(view, size).repeat(SUPERSAMPLING, axis=1)[:, None]
+    picture = picture.reshape(fine * fine, 3)  # linear
+    bare = np.flatnonzero(is_bare)
+    attributes = np.concatenate([vertex_normals(posed, model.triangles), model.vertices, posed, _scalars()], axis=1)
+    values = interpolate(points, model.triangles, attributes, front, bare)
+    materials = model.materials[front.ids.ravel()[bare]]
+    picture[bare] = shade_head(person, view, rotation, values, materials, shadow)
+    face = np.zeros(fine * fine, dtype=np.uint8)
+    face[bare] = is_face(values[:, 3:6], materials)
 
     # Second layer: hair, blended by how deep inside the hairline a pixel lies.
     if hair is not None:
-        points = _to_pixels(project(hair_posed, view), hair_posed, frame, view)
-        normals = vertex_normals(hair_posed, hair.triangles)
-        attributes = np.concatenate([normals, hair.canonical, hair_posed, hair.margins], axis=1)
-        ids, hair_depths, values = rasterize(points, hair.triangles, attributes, fine, fine)
-        covered = (ids >= 0) & (hair_depths < depths + 0.01)  # the shell begins on the skin
-        colour, alpha = shade_hair(person, view, values[covered], shadow)
-        picture[covered] += (colour - picture[covered]) * alpha[:, None]
-        face[covered] &= alpha < 0.5
+        face[hairy[cover.opacity >= 0.5]] = False
+        shown = np.flatnonzero(cover.opacity > 0)
+        hairy, cover = hairy[shown], cover.take(shown)
+        attributes = np.concatenate([vertex_normals(hair_posed, hair.triangles), hair_posed], axis=1)
+        values = interpolate(hair_points, hair.triangles, attributes, hair_front, hairy)
+        colour, under = shade_hair(hair, view, cover, values, shadow), picture[hairy]
+        picture[hairy] = under + (colour - under) * cover.opacity[:, None]
 
     return RenderedFace(
-        image=_develop(_reduce(picture), view),
-        mask=_reduce(face.astype(np.float32)) > 0.5,
+        image=_develop(_sums(picture, size) / np.float32(SUPERSAMPLING**2), view),
+        mask=_sums(face, size)[..., 0] > SUPERSAMPLING**2 // 2,
         landmarks=align.apply(frame, landmarks).astype(np.float32),
         yaw=view.yaw,
         pitch=view.pitch,
@@ -108,10 +122,18 @@ def _to_pixels(flat: np.ndarray, posed: np.ndarray, frame: np.ndarray, view: Vie
     return np.concatenate([align.apply(frame, flat) * SUPERSAMPLING, (view.distance - posed[:, 2])[:, None]], axis=1)
 
 
-def _reduce(fine: np.ndarray) -> np.ndarray:
-    """Means over SUPERSAMPLING x SUPERSAMPLING blocks of (H, W, ...)."""
-    steps = range(SUPERSAMPLING)
-    return sum(fine[i::SUPERSAMPLING, j::SUPERSAMPLING] for i in steps for j in steps) / np.float32(SUPERSAMPLING**2)
+def _sums(fine: np.ndarray, size: int) -> np.ndarray:
+    """(size, size, C) sums over SUPERSAMPLING x SUPERSAMPLING blocks of the fine grid's pixels (fine * fine, ...)."""
+    rows = fine.reshape(size, SUPERSAMPLING, -1)
+    rows = sum(rows[:, i] for i in range(SUPERSAMPLING)).reshape(size, size, SUPERSAMPLING, -1)
+    return sum(rows[:, :, i] for i in range(SUPERSAMPLING))
+
+
+@functools.cache
+def _scalars() -> np.ndarray:
+    """(V, 3) occlusion, lips and lashes of the head's vertices."""
+    model = head_model()
+    return np.stack([model.occlusion, model.lips, model.lashes], axis=1)
 
 
 def _background(view: View, size: int) -> np.ndarray:
@@ -119,7 +141,7 @@ def _background(view: View, size: int) -> np.ndarray:
     rng = np.random.default_rng([20243, view.seed])
     first, second = (np.array(tint, dtype=np.float32) for tint in view.background_tints)
     if view.background == "plain":
-        mix = np.zeros((size, size, 1), dtype=np.float32)
+        return np.broadcast_to(to_linear(first), (size, size, 3))
     elif view.background == "gradient":
         angle = rng.uniform(0, 2 * np.pi)
         ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)

@@ -9,10 +9,14 @@ import math
 
 import numpy as np
 
-from omniid.kernels.rasterize import rasterize
+from omniid.kernels.light_skin import SkinLight, SkinSurface, light_skin
+from omniid.kernels.rasterize import find_visible
+from omniid.kernels.sample_texture import sample_texture
+from omniid.kernels.soft_shadow import soft_shadow
 
 from .colour import to_linear
-from .head_model import EYE, MOUTH, SKIN, TEETH, TEXTURE_SIZE, TONGUE, head_model, texture_coordinates
+from .hair import Hair
+from .head_model import EYE, MOUTH, SKIN, TEETH, TONGUE, head_model, texture_coordinates
 from .noise import smoothstep
 from .person import Person
 from .view import View
@@ -37,24 +41,14 @@ class ShadowMap:
 
     SIZE = 144
     SPAN = 3.6  # decimetres that the map covers
+    CAMERA = 10  # decimetres from the middle of the scene to where depths are counted from
 
-    def lit(self, points: np.ndarray) -> np.ndarray:
+    def lit(self, points: np.ndarray, normals: np.ndarray, lift: float) -> np.ndarray:
         """(n,) float32 in [0, 1]: share of the main light that reaches points (n, 3), with soft edges."""
-        seen = points @ self.frame
-        place = seen[:, :2] * np.float32(self.SIZE / self.SPAN) + np.float32(self.SIZE / 2 - 0.5)
-        depth = 10 - seen[:, 2] - 0.04
-        low = np.floor(place).astype(np.int32)
-        part = place - low.astype(np.float32)
-        flat = self.depths.ravel()
-        # Percentage-closer filtering over 3 x 3 texels whose weights slide with the point. The sum is separable, but
-        # the comparison is not: 16 comparisons, the fewest that leave no steps.
-        columns = [np.clip(low[:, 0] + dx, 0, self.SIZE - 1) for dx in (-1, 0, 1, 2)]
-        total = np.zeros(len(points), dtype=np.float32)
-        for dy, weight in ((-1, 1 - part[:, 1]), (0, 1), (1, 1), (2, part[:, 1])):
-            row = np.clip(low[:, 1] + dy, 0, self.SIZE - 1) * self.SIZE
-            first, second, third, fourth = (flat[row + column] > depth for column in columns)
-            total += weight * (first * (1 - part[:, 0]) + second + third + fourth * part[:, 0])
-        return total * np.float32(1 / 9)
+        scale = np.array([self.SIZE / self.SPAN, self.SIZE / self.SPAN, -1], dtype=np.float32)
+        shift = [self.SIZE / 2 - 0.5, self.SIZE / 2 - 0.5, self.CAMERA - 0.04]  # nearer than the surface's own depth
+        matrix = np.concatenate([self.frame.T * scale[:, None], np.array(shift, dtype=np.float32)[:, None]], axis=1)
+        return soft_shadow(self.depths, matrix, points, normals, lift)
 
 
 def shadow_map(points: np.ndarray, triangles: np.ndarray, light: np.ndarray) -> ShadowMap:
@@ -66,9 +60,8 @@ def shadow_map(points: np.ndarray, triangles: np.ndarray, light: np.ndarray) -> 
     seen = points @ frame
     view = np.empty_like(seen)
     view[:, :2] = (seen[:, :2] / ShadowMap.SPAN + 0.5) * ShadowMap.SIZE
-    view[:, 2] = 10 - seen[:, 2]
-    nothing = np.zeros((len(points), 0), dtype=np.float32)
-    return ShadowMap(frame, rasterize(view, triangles, nothing, ShadowMap.SIZE, ShadowMap.SIZE).depths)
+    view[:, 2] = ShadowMap.CAMERA - seen[:, 2]
+    return ShadowMap(frame, find_visible(view, triangles, ShadowMap.SIZE, ShadowMap.SIZE).depths)
 
 
 def _length(vectors: np.ndarray) -> np.ndarray:
@@ -83,65 +76,58 @@ def shade_head(
 
     values (n, 12): interpolated normal, place on the neutral head, position, occlusion, lips, lashes.
     """
-    model, traits, light = head_model(), person.traits, shadow.frame[:, 2]
-    normals, places, points = values[:, :3].copy(), values[:, 3:6], values[:, 6:9]
-    occlusion, lips, lashes = values[:, 9], smoothstep(0.25, 0.75, values[:, 10]), values[:, 11]
-    albedo = _sample_texture(person.texture, texture_coordinates(places))
+    model, traits = head_model(), person.traits
+    normals, places, points = (np.ascontiguousarray(values[:, k : k + 3]) for k in (0, 3, 6))
+    albedo = sample_texture(person.texture, texture_coordinates(places))
+    gloss, sharpness = np.full(len(values), 0.05, dtype=np.float32), np.full(len(values), 18, dtype=np.float32)
+    occlusion = 0.4 + 0.6 * np.minimum(values[:, 9] * 1.25, 1)
+
+    at = np.flatnonzero(values[:, 10] > 0.25)
+    lips = smoothstep(0.25, 0.75, values[at, 10])
     tint = to_linear(traits.lip_tint)
-    lip_colour = albedo * tint
+    lip_colour = albedo[at] * tint
     if traits.lip_paint:
         lip_colour = lip_colour + (to_linear([0.62, 0.12, 0.17]) * tint / tint.max() - lip_colour) * (
             0.75 * traits.lip_paint
         )
-    albedo = albedo + (lip_colour - albedo) * (0.85 * lips)[:, None]
-    line = np.clip(lashes * (0.75 if traits.masculinity > 0.5 else 0.95), 0, 1)
-    albedo = albedo * ((1 - line * 0.85) ** 2)[:, None]
+    albedo[at] += (lip_colour - albedo[at]) * (0.85 * lips)[:, None]
+    gloss[at[lips > 0.5]] = 0.12 + 0.2 * traits.lip_paint
+    at = np.flatnonzero(values[:, 11] > 0)
+    line = np.clip(values[at, 11] * (0.75 if traits.masculinity > 0.5 else 0.95), 0, 1)
+    albedo[at] *= ((1 - line * 0.85) ** 2)[:, None]
     cloth = (places[:, 1] + 0.25 * (0.6 - places[:, 2]) < 5.72) & (materials == SKIN)
     albedo[cloth] = to_linear(traits.shirt)
-    gloss = np.where(lips > 0.5, 0.12 + 0.2 * traits.lip_paint, 0.05).astype(np.float32)
-    sharpness = np.full(len(values), 18, dtype=np.float32)
 
-    albedo[materials == MOUTH] = (0.10, 0.02, 0.02)
-    albedo[materials == TONGUE] = (0.40, 0.12, 0.11)
-    albedo[materials == TEETH] = (0.62, 0.57, 0.47)
-    occlusion = 0.4 + 0.6 * np.minimum(occlusion * 1.25, 1)
-    occlusion[materials == TEETH] = 0.6
-    occlusion[materials == TONGUE] = 0.5
-    occlusion[materials == MOUTH] = 0.35
-
-    eyes = materials == EYE
-    if eyes.any():
-        eye_albedo, eye_normals = _eye(person, view, rotation, places[eyes])
-        albedo[eyes], normals[eyes] = eye_albedo, eye_normals
+    inside = np.flatnonzero(materials != SKIN)
+    for material, colour, open_share in (
+        (MOUTH, (0.10, 0.02, 0.02), 0.35),
+        (TONGUE, (0.40, 0.12, 0.11), 0.5),
+        (TEETH, (0.62, 0.57, 0.47), 0.6),
+    ):
+        at = inside[materials[inside] == material]
+        albedo[at], occlusion[at] = colour, open_share
+    eyes = inside[materials[inside] == EYE]
+    if len(eyes):
+        albedo[eyes], normals[eyes] = _eye(person, view, rotation, places[eyes])
         gloss[eyes], sharpness[eyes] = 0.7, 160
         # The upper lid and its lashes shade the eyeball.
         centre = model.eye_centres[(places[eyes, 0] > 0).astype(int)]
         occlusion[eyes] = 0.95 - 0.55 * smoothstep(0.0, 0.055, places[eyes, 1] - centre[:, 1])
-    normals /= _length(normals)
 
-    facing = normals @ light
-    lit = shadow.lit(points + normals * np.float32(0.04))  # off the surface: no self-shadowing at grazing light
-    # Wrapped diffuse light, widest in red: light that enters skin leaves it farther on.
+    lit = shadow.lit(points, normals, 0.04)
+    shine = lit.copy()
+    shine[eyes] = 1  # eyes reflect more than the main light: their highlight has no shadow
+    key, ambient = _lights(view)
     wrap = np.array([0.30, 0.14, 0.08], dtype=np.float32)
-    diffuse = np.clip((facing[:, None] + wrap) / (1 + wrap), 0, None) * (
-        0.12 * wrap / wrap[0] + (1 - 0.12 * wrap / wrap[0]) * lit[:, None]
+    return light_skin(
+        SkinSurface(normals, points, albedo, lit, occlusion, gloss * shine, sharpness),
+        SkinLight(shadow.frame[:, 2], key, ambient, wrap, view.distance),
     )
-    sky = (0.72 + 0.28 * normals[:, 1]) * occlusion
-    key = np.array(view.light_colour, dtype=np.float32) * 1.25
-    ambient = np.array(view.ambient, dtype=np.float32)
-    colour = albedo * (diffuse * key + sky[:, None] * ambient)
-    towards = np.array([0, 0, view.distance], dtype=np.float32) - points
-    towards /= _length(towards)
-    half = towards + light
-    half /= _length(half)
-    shine = (
-        np.maximum(np.einsum("nk,nk->n", normals, half), 0) ** sharpness
-        * gloss
-        * np.where(eyes, 1, lit)
-        * (occlusion * 0.7 + 0.3)
-    )
-    grazing = (1 - np.maximum(np.einsum("nk,nk->n", normals, towards), 0)) ** 4 * 0.08 * occlusion
-    return (colour + shine[:, None] * key + grazing[:, None] * ambient).astype(np.float32)
+
+
+def _lights(view: View) -> tuple[np.ndarray, np.ndarray]:
+    """Linear RGB (3,) of the main light and of the light from all sides."""
+    return np.array(view.light_colour, dtype=np.float32) * 1.25, np.array(view.ambient, dtype=np.float32)
 
 
 def _eye(person: Person, view: View, rotation: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -168,28 +154,24 @@ def _eye(person: Person, view: View, rotation: np.ndarray, places: np.ndarray) -
     return albedo, normals @ rotation.T
 
 
-def _sample_texture(texture: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """(n, 3) bilinear samples of an (S, S, 3) texture at texel coordinates (n, 2), edges repeated."""
-    at = np.clip(at - 0.5, 0, TEXTURE_SIZE - 1.001)
-    low = at.astype(np.int32)
-    part = (at - low).astype(np.float32)
-    flat = texture.reshape(-1, 3)
-    index = low[:, 1] * TEXTURE_SIZE + low[:, 0]
-    fx, fy = part[:, :1], part[:, 1:]
-    top = flat[index] * (1 - fx) + flat[index + 1] * fx
-    bottom = flat[index + TEXTURE_SIZE] * (1 - fx) + flat[index + TEXTURE_SIZE + 1] * fx
-    return top * (1 - fy) + bottom * fy
+@dataclasses.dataclass(frozen=True, slots=True)
+class HairCover:
+    """Hair over n pixels."""
+
+    opacity: np.ndarray
+    """(n,) float32 in [0, 1]."""
+    strand: np.ndarray
+    """(n,) float32 in [0, 1], which strand a pixel shows."""
+    margin: np.ndarray
+    """(n,) float32, decimetres inside the hair."""
+
+    def take(self, at: np.ndarray) -> "HairCover":
+        return HairCover(self.opacity[at], self.strand[at], self.margin[at])
 
 
-def shade_hair(person: Person, view: View, values: np.ndarray, shadow: ShadowMap) -> tuple[np.ndarray, np.ndarray]:
-    """Linear colours (n, 3) and opacities (n,) of hair pixels.
-
-    values (n, 11): interpolated normal, place on the neutral head, position, margins.
-    """
-    hair, light = person.hair, shadow.frame[:, 2]
+def hair_cover(hair: Hair, places: np.ndarray, margins: np.ndarray) -> HairCover:
+    """The hair over pixels by their place on the neutral head (n, 3) and interpolated margins (n, 2)."""
     style = hair.style
-    normals, places, points, margins = values[:, :3], values[:, 3:6], values[:, 6:9], values[:, 9:11]
-    normals = normals / _length(normals)
     angle = np.arctan2(places[:, 0], places[:, 2] - 0.3)
     bend = 0.35 * style.curl * np.sin(places[:, 1] * 14 + 3 * angle)
     strand = 0.6 * hair.strands(angle * 26 + bend * 6, places[:, 1] * 2.2) + 0.4 * hair.strands(
@@ -197,21 +179,32 @@ def shade_hair(person: Person, view: View, values: np.ndarray, shadow: ShadowMap
     )
     tangle = hair.strands(places[:, 0] * 13 + places[:, 2] * 5, places[:, 1] * 13 - places[:, 2] * 6)
     strand = strand + (tangle - strand) * style.curl
-    margin = hair.margin(places, margins)
-    alpha = smoothstep(-0.045, 0.055, margin + 0.11 * (strand - 0.5)) * style.density
+    margin = hair.margin(places, margins).astype(np.float32)
+    opacity = smoothstep(-0.045, 0.055, margin + 0.11 * (strand - 0.5)) * style.density
+    return HairCover(opacity, strand, margin)
+
+
+def shade_hair(hair: Hair, view: View, cover: HairCover, values: np.ndarray, shadow: ShadowMap) -> np.ndarray:
+    """(n, 3) float32 linear colours of hair pixels; values (n, 6) are interpolated normal and position."""
+    style, light, strand = hair.style, shadow.frame[:, 2], cover.strand
+    normals, points = values[:, :3], values[:, 3:]
+    lit = shadow.lit(points, normals, 0.03)
+    normals = normals / _length(normals)
     facing = normals @ light
-    lit = shadow.lit(points + normals * 0.03)
-    diffuse = np.clip((facing + 0.25) / 1.25, 0, None) * (0.15 + 0.85 * lit)
+    diffuse = np.maximum((facing + 0.25) / 1.25, 0) * (0.15 + 0.85 * lit)
     towards = np.array([0, 0, 1.0], dtype=np.float32)
     half = (light + towards) / np.linalg.norm(light + towards)
-    # Highlight of strands that run down the head: a band where the normal meets the half vector in height only.
-    band = np.clip(1 - (normals[:, 1] - half[1]) ** 2 * 5, 0, 1) ** 6 * np.clip(facing + 0.2, 0, 1) * lit
-    key, ambient = np.array(view.light_colour, dtype=np.float32) * 1.25, np.array(view.ambient, dtype=np.float32)
-    albedo = to_linear(hair.tint) * (0.45 + 1.1 * strand)[:, None]
-    depth = 0.55 + 0.45 * smoothstep(0.0, 0.35, margin)
-    colour = albedo * (diffuse[:, None] * key + ((0.62 + 0.3 * normals[:, 1]) * depth)[:, None] * ambient)
-    shine = band * strand * (0.10 if style.name != "shaved" else 0.0) * (1 - 0.6 * style.curl)
-    return (colour + shine[:, None] * key * (0.3 + hair.tint)).astype(np.float32), alpha
+    key, ambient = _lights(view)
+    depth = 0.55 + 0.45 * smoothstep(0.0, 0.35, cover.margin)
+    colour = diffuse[:, None] * key + ((0.62 + 0.3 * normals[:, 1]) * depth)[:, None] * ambient
+    colour *= to_linear(hair.tint)
+    colour *= (0.45 + 1.1 * strand)[:, None]
+    if style.name != "shaved":
+        # Highlight of strands that run down the head: where the normal meets the half vector in height only.
+        band = np.maximum(1 - (normals[:, 1] - half[1]) ** 2 * 5, 0) ** 6 * np.clip(facing + 0.2, 0, 1) * lit
+        shine = band * strand * (0.10 * (1 - 0.6 * style.curl))
+        colour += shine[:, None] * (key * (0.3 + hair.tint)).astype(np.float32)
+    return colour
 
 
 def is_face(places: np.ndarray, materials: np.ndarray) -> np.ndarray:

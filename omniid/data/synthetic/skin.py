@@ -5,9 +5,11 @@ shape because the texture does. Places are in decimetres: eyes at y = 7.28, brow
 6.61, chin at 6.16; |x| = 0.31 is the middle of an eye.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from .head_model import TEXTURE_AXIS_Z, HeadModel
+from .head_model import TEXTURE_AXIS_Z, TEXTURE_BOTTOM, TEXTURE_SIZE, TEXTURE_TOP, HeadModel
 from .noise import ValueNoise, smoothstep
 from .traits import Traits
 
@@ -16,6 +18,10 @@ _TONES = np.array(
     [[0.98, 0.85, 0.77], [0.93, 0.76, 0.65], [0.85, 0.65, 0.51],
      [0.71, 0.50, 0.36], [0.55, 0.37, 0.27], [0.40, 0.27, 0.21]]
 )  # fmt: skip
+
+
+_BROW_HEIGHTS = (7.85, 7.1)
+"""Decimetres between which all brows lie, with room to spare."""
 
 
 def skin_tone(traits: Traits) -> np.ndarray:
@@ -38,21 +44,22 @@ def paint_skin(rng: np.random.Generator, model: HeadModel, traits: Traits) -> np
     blotches = 0.6 * noise(around * 5 + 9, y * 5) + 0.4 * noise(around * 14, y * 14 + 5) - 0.5
     pores = noise(around * 60, y * 60 + 3) - 0.5
     colour = colour * (1 + 0.10 * blotches + 0.05 * pores * (0.5 + traits.age))[..., None]
-    red = np.array([0.03, -0.09, -0.08]) * (1 - 0.5 * traits.melanin)
+    red = _rgb([0.03, -0.09, -0.08]) * (1 - 0.5 * traits.melanin)
     blush = rng.uniform(0, 1.1) * _spot(side - rng.uniform(0.36, 0.46), y - rng.uniform(6.9, 7.02), 0.2, 0.13)
     ruddy = rng.uniform(0, 0.7) * _spot(side, y - 6.93, 0.13, 0.1)
     colour = colour + (blush + ruddy + 0.3 * np.maximum(blotches, 0))[..., None] * red
     circles = rng.uniform(0, 0.22) * (0.6 + traits.age) * _spot(side - 0.27, y - 7.17, 0.16, 0.06)
     shadow = rng.uniform(0, 0.16) + (0.4 * traits.lip_paint if traits.masculinity < 0.5 else 0) * 0.5
     shadow = shadow * _spot(side - 0.32, y - 7.37, 0.17, 0.055)
-    colour = colour * (1 - circles[..., None] * [0.8, 1, 0.85]) * (1 - shadow[..., None] * rng.uniform(0.6, 1.1, 3))
+    colour *= 1 - circles[..., None] * _rgb([0.8, 1, 0.85])
+    colour *= 1 - shadow[..., None] * _rgb(rng.uniform(0.6, 1.1, 3))
     colour = _wrinkles(rng, noise, traits, colour, x, y)
     if traits.freckles:
         dots = noise(around * 44 + 11, y * 44) * (0.65 + 0.35 * noise(around * 9, y * 9 + 30))
         where = _spot(side - 0.25, y - 7.02, 0.42, 0.26) + 0.3 * _spot(side, y - 7.7, 0.5, 0.25)
         colour = _blend(
             colour,
-            colour * [0.72, 0.56, 0.46],
+            colour * _rgb([0.72, 0.56, 0.46]),
             0.75 * traits.freckles * smoothstep(0.6, 0.72, dots + 0.12 * where) * np.minimum(where, 1),
         )
     for _ in range(traits.moles):
@@ -61,13 +68,19 @@ def paint_skin(rng: np.random.Generator, model: HeadModel, traits: Traits) -> np
         colour = _scar(rng, colour, around, y)
     hair = np.array(traits.hair_tint)
     colour = _beard(rng, noise, traits, colour, x, y, z, around, hair)
-    colour = _brows(rng, noise, traits, colour, x, y, hair)
+    rows = slice(*(int((TEXTURE_TOP - y) / (TEXTURE_TOP - TEXTURE_BOTTOM) * TEXTURE_SIZE) for y in _BROW_HEIGHTS))
+    colour[rows] = _brows(rng, noise, traits, colour[rows], x[rows], y[rows], hair)
     return np.clip(colour, 0, 1).astype(np.float32)
 
 
 def _spot(dx: np.ndarray, dy: np.ndarray, width: float, height: float) -> np.ndarray:
     """A Gaussian bump of the given half axes."""
     return np.exp(-((dx / width) ** 2) - (dy / height) ** 2)
+
+
+def _rgb(factors: Sequence[float] | np.ndarray) -> np.ndarray:
+    """(3,) float32: a list would turn the whole texture into float64."""
+    return np.asarray(factors, dtype=np.float32)
 
 
 def _blend(under: np.ndarray, over: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -77,7 +90,7 @@ def _blend(under: np.ndarray, over: np.ndarray, alpha: np.ndarray) -> np.ndarray
 def _wrinkles(rng, noise, traits, colour, x, y) -> np.ndarray:
     """Nasolabial folds, lines of the forehead, between the brows and at the outer eye corners; deeper with age."""
     side = np.abs(x)
-    depth = np.clip((traits.age - 0.3) * 1.2 + rng.normal(0, 0.12, 4), 0, 1)
+    depth = np.clip((traits.age - 0.3) * 1.2 + rng.normal(0, 0.12, 4), 0, 1).tolist()
     fold = 0.2 + (6.88 - y) * rng.uniform(0.35, 0.6)
     folds = np.exp(-(((side - fold) / 0.022) ** 2)) * smoothstep(6.52, 6.68, y) * smoothstep(6.93, 6.84, y)
     wave = y + 0.025 * np.sin(x * 5 + rng.uniform(0, 6)) + 0.03 * noise(x * 3, y)
@@ -86,7 +99,7 @@ def _wrinkles(rng, noise, traits, colour, x, y) -> np.ndarray:
     angle = np.arctan2(y - 7.28, side - 0.36)
     crow = np.exp(-((np.sin(angle * 9) / 0.35) ** 2)) * _spot(side - 0.54, y - 7.27, 0.09, 0.1)
     total = 0.34 * depth[0] * folds + 0.22 * depth[1] * lines + 0.3 * depth[2] * frown + 0.25 * depth[3] * crow
-    return colour * (1 - total[..., None] * [0.8, 1.0, 1.0])
+    return colour * (1 - total[..., None] * _rgb([0.8, 1.0, 1.0]))
 
 
 def _mole(rng, colour, x, y, tone) -> np.ndarray:
@@ -96,7 +109,7 @@ def _mole(rng, colour, x, y, tone) -> np.ndarray:
     distance = np.hypot(x - centre_x, y - centre_y)
     return _blend(
         colour,
-        tone * rng.uniform([0.25, 0.18, 0.15], [0.55, 0.42, 0.38]),
+        _rgb(tone * rng.uniform([0.25, 0.18, 0.15], [0.55, 0.42, 0.38])),
         0.9 * smoothstep(radius, radius * 0.6, distance),
     )
 
@@ -106,11 +119,11 @@ def _scar(rng, colour, x, y) -> np.ndarray:
         [rng.choice([-1, 1]) * rng.uniform(0.2, 0.55), rng.choice([6.75, 7.0, 7.75]) + rng.normal(0, 0.05)]
     )
     angle, length = rng.uniform(0, np.pi), rng.uniform(0.1, 0.2)
-    dx, dy = x - centre[0], y - centre[1]
+    dx, dy = x - centre[0].astype(np.float32), y - centre[1].astype(np.float32)
     along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
     across = across + 0.4 * along**2 / length
     line = np.exp(-((across / 0.013) ** 2)) * smoothstep(length, length * 0.8, np.abs(along))
-    return _blend(colour, colour * [1.02, 0.75, 0.74] + 0.06, 0.85 * line)
+    return _blend(colour, colour * _rgb([1.02, 0.75, 0.74]) + 0.06, 0.85 * line)
 
 
 def _brows(rng, noise, traits, colour, x, y, hair) -> np.ndarray:
@@ -118,7 +131,9 @@ def _brows(rng, noise, traits, colour, x, y, hair) -> np.ndarray:
     inner, outer = rng.uniform(0.07, 0.16), rng.uniform(0.48, 0.59)
     height, rise = 7.475 + rng.normal(0, 0.02), rng.uniform(-0.02, 0.09)
     peak, drop = rng.uniform(0.5, 0.75), rng.uniform(0.0, 1.0)
-    thickness = np.clip(np.exp(rng.normal(np.log(0.034 if traits.masculinity < 0.5 else 0.048), 0.35)), 0.016, 0.085)
+    thickness = float(
+        np.clip(np.exp(rng.normal(np.log(0.034 if traits.masculinity < 0.5 else 0.048), 0.35)), 0.016, 0.085)
+    )
     density, bow = rng.uniform(0.5, 1.0), rng.uniform(0.3, 0.9)
     shade = np.clip(hair * rng.uniform(0.45, 0.95), 0, 1) if traits.hair_colour not in ("white",) else hair * 0.7
     joined = rng.uniform(0.3, 0.8) if rng.random() < 0.08 else 0.0
@@ -144,7 +159,7 @@ def _brows(rng, noise, traits, colour, x, y, hair) -> np.ndarray:
         )
         alpha = np.maximum(alpha, band * np.clip(density + 0.55 * (stroke - 0.5), 0, 1) * (x * sign > -0.05))
     bridge = joined * _spot(x, y - height - 0.01, inner * 0.9, thickness * 0.7)
-    return _blend(colour, shade, np.clip(np.maximum(alpha, bridge * (0.5 + noise(x * 60, y * 25))), 0, 1) * 0.96)
+    return _blend(colour, _rgb(shade), np.clip(np.maximum(alpha, bridge * (0.5 + noise(x * 60, y * 25))), 0, 1) * 0.96)
 
 
 def beard_region(x: np.ndarray, y: np.ndarray, z: np.ndarray, beard: str) -> np.ndarray:
@@ -192,5 +207,5 @@ def _beard(rng, noise, traits, colour, x, y, z, around, hair) -> np.ndarray:
     alpha = np.clip(region * (strength + 0.35 * grain * (region > 0) + 0.2 * patch), 0, 1) * smoothstep(
         0.0, 0.3, region
     )
-    shade = np.clip(hair * rng.uniform(0.55, 0.95), 0, 1) * (1 + 0.5 * grain[..., None])
+    shade = _rgb(np.clip(hair * rng.uniform(0.55, 0.95), 0, 1)) * (1 + 0.5 * grain[..., None])
     return _blend(colour, shade, alpha)
