@@ -165,6 +165,8 @@ class StageConfig:
     num_inputs: tuple[int, int] = (1, 3)
     """|X^s| is drawn uniformly from this closed range (Eq. 2)."""
     num_validation_inputs: int = 3
+    max_yaw: float = 90.0
+    """Degrees: photos turned further are left out."""
     mirror: float = 0.0
     """Share of identities shown mirrored, all photos of a person together: a mirrored face is one more person."""
     lr: float

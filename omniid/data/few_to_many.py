@@ -45,7 +45,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
     """Item s is the batch of step s. Each epoch walks all identities once in a new order.
 
     num_inputs: closed range of |X^s|, drawn per identity. num_targets: |X^r|. rank, world_size: this process takes every
-    world_size-th identity of the global batch. mirror: share of identities shown mirrored, captions included. Targets are photos that are not among the inputs while there are enough.
+    world_size-th identity of the global batch. max_yaw: degrees beyond which photos are left out. mirror: share of identities shown mirrored, captions included. Targets are photos that are not among the inputs while there are enough.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
         num_targets: int,
         seed: int,
         steps: int,
+        max_yaw: float = 90.0,
         mirror: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
@@ -65,7 +66,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
             raise RecordError(f"batch_identities {batch_identities} is not a multiple of the {world_size} processes")
         self.rows, self.size, self.batch_identities = rows, size, batch_identities
         self.num_inputs, self.num_targets, self.seed, self.steps = num_inputs, num_targets, seed, steps
-        self.mirror = mirror
+        self.max_yaw, self.mirror = max_yaw, mirror
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
@@ -93,9 +94,13 @@ class FewToManyBatches(torch.utils.data.Dataset):
 
     def _sample(self, row: dict, rng: np.random.Generator) -> dict:
         count = len(row["images"])
-        if count < 2 or len(row["masks"]) != count or len(row["captions"]) != count:
-            raise RecordError(f"{count} images, {len(row['masks'])} masks and {len(row['captions'])} captions")
-        order = rng.permutation(count)
+        if count < 2 or any(len(row[name]) != count for name in ("masks", "captions", "pose")):
+            lengths = ", ".join(f"{len(row[name])} {name}" for name in ("images", "masks", "captions", "pose"))
+            raise RecordError(f"expected two images or more and as many of the rest, found {lengths}")
+        turned = np.abs([pose[0] for pose in row["pose"]])
+        # Of a person who never faces the camera the two least turned photos are kept.
+        count = max(2, int((turned <= self.max_yaw).sum()))
+        order = rng.permutation(np.argsort(turned, kind="stable")[:count])
         low, high = self.num_inputs
         num_inputs = min(int(rng.integers(low, high + 1)), count - 1)
         # Others first; a person with few photos meets some inputs again among the targets.

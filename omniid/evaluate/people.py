@@ -12,7 +12,7 @@ from omniid.errors import OmniIDError
 
 # Training draws people from seeds counted up from 0; evaluation starts far above.
 FIRST_UNSEEN_SEED = 1_000_000_000
-YAW_RANGE = 45.0
+YAW_RANGE = 30.0
 """Degrees to either side, as in the set that the mini weights are trained on."""
 
 

@@ -226,7 +226,7 @@ class Trainer:
     def _batches(self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0) -> FewToManyBatches:
         accelerator = self.accelerator
         return FewToManyBatches(
-            rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps, mirror,
+            rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps, self.config.max_yaw, mirror,
             accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
 

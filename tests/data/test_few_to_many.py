@@ -67,6 +67,16 @@ def test_more_targets_than_photos_repeat_photos(rows):
     assert batches(rows, num_targets=8)[0].targets.shape[1] == 8
 
 
+def test_turned_photos_are_left_out(rows):
+    turned = [dict(row) | {"pose": [[yaw, 0.0, 0.0] for yaw in (0, -40, 50, 10, -70, 80)]} for row in rows]
+    batch = batches(turned, max_yaw=45.0, num_inputs=(1, 1), num_targets=2)[0]
+    for b, name in enumerate(batch.identity_ids):
+        row = next(row for row in turned if row["identity_id"] == name)
+        allowed = {decode_image(row["images"][i], 32).tobytes() for i in (0, 1, 3)}
+        shown = [*batch.inputs[batch.cu_inputs[b] : batch.cu_inputs[b + 1]], *batch.targets[b]]
+        assert {image.permute(1, 2, 0).numpy().tobytes() for image in shown} <= allowed
+
+
 def test_mirrored_people_are_mirrored_as_a_whole(rows):
     plain, mirror = batches(rows)[2], batches(rows, mirror=1.0)[2]
     assert torch.equal(mirror.inputs, plain.inputs.flip(-1))
