@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._native_library import library, use_native
+from ._launch import pick
+from ._native_library import library
 
 _MIN_AREA = 1e-12  # twice the area in square pixels below which a triangle counts as degenerate
 
@@ -37,7 +38,7 @@ def rasterize(points: np.ndarray, triangles: np.ndarray, attributes: np.ndarray,
     attributes = np.ascontiguousarray(attributes, dtype=np.float32)
     _check(points, triangles, attributes, height, width)
     triangles = np.ascontiguousarray(triangles, dtype=np.int32)
-    if use_native("rasterize"):
+    if pick("rasterize", ("native", "reference"), device=None) == "native":
         return _rasterize_native(points, triangles, attributes, height, width)
     return rasterize_reference(points, triangles, attributes, height, width)
 

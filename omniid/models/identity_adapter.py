@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniid.errors import OmniIDError
 from omniid.files import atomic_path
+from omniid.kernels.add_identity_attention import add_identity_attention as add_one_identity
 from omniid.models.flux import FluxLayout, attention_modules, layout_of
 
 FORMAT_VERSION = 1
@@ -158,12 +158,7 @@ def add_identity_attention(
     output, query: (B, L_img, H, D). uses: keys (B, L, H, D), values (B, L, H, D) and s (number or (B, L_img)) of each.
     """
     for keys, values, scale in uses:
-        attended = F.scaled_dot_product_attention(
-            query.transpose(1, 2), keys.to(query.dtype).transpose(1, 2), values.to(query.dtype).transpose(1, 2)
-        ).transpose(1, 2)
-        if isinstance(scale, Tensor):
-            scale = scale.to(query.dtype)[..., None, None]
-        output = output + scale * attended
+        output = add_one_identity(output, query, keys.to(query.dtype), values.to(query.dtype), scale)
     return output
 
 
