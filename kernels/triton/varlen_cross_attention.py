@@ -302,6 +302,11 @@ def constants(head_dim: int, dtype: torch.dtype, tiles, scanned: int, packed: bo
     }
 
 
+def merge_constants(head_dim: int, splits: int) -> dict[str, int]:
+    """Compile-time arguments of `_merge`."""
+    return {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_R": 32, "SPLITS": splits}
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_k: Tensor, cu_q: Tensor | None, scale: float, tiles
 ) -> tuple[Tensor, Tensor]:
@@ -327,10 +332,9 @@ def forward(
             num_stages=tiles.num_stages,
         )
         if splits > 1:
-            block = 32
-            _merge[(triton.cdiv(num_rows, block), num_heads)](
-                *(partial, partial_lse, out, lse, num_rows),
-                **{"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_R": block, "SPLITS": splits},
+            merge = merge_constants(head_dim, splits)
+            _merge[(triton.cdiv(num_rows, merge["BLOCK_R"]), num_heads)](
+                partial, partial_lse, out, lse, num_rows, **merge
             )
     return out, lse
 
