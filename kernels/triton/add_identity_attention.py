@@ -40,7 +40,6 @@ def _add(
         v_scale = tl.load(v_scale_ptr + head)
     dtype = q_ptr.dtype.element_ty
     if RESIDENT:
-        last_key = BLOCK_K
         keys = tl.arange(0, BLOCK_K)
         key_mask = keys < num_keys
         k1 = load_rows(k_ptr, keys, k_sl, key_mask, 0, D1, D).to(dtype)
@@ -48,39 +47,47 @@ def _add(
         if D2 > 0:
             k2 = load_rows(k_ptr, keys, k_sl, key_mask, D1, D2, D).to(dtype)
             v2 = load_rows(v_ptr, keys, v_sl, key_mask, D1, D2, D).to(dtype)
-    else:
-        last_key = num_keys
     for tile in range(TILES):
         queries = (tl.program_id(0) * TILES + tile) * BLOCK_Q + tl.arange(0, BLOCK_Q)
         query_mask = queries < num_queries
         q1 = load_rows(q_ptr, queries, q_sl, query_mask, 0, D1, D)
-        acc1 = tl.zeros([BLOCK_Q, D1], tl.float32)
         if D2 > 0:
             q2 = load_rows(q_ptr, queries, q_sl, query_mask, D1, D2, D)
-            acc2 = tl.zeros([BLOCK_Q, D2], tl.float32)
-        highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_Q], tl.float32)
-        for start in range(0, last_key, BLOCK_K):
-            if not RESIDENT:
-                keys = start + tl.arange(0, BLOCK_K)
-                key_mask = keys < num_keys
-                k1 = load_rows(k_ptr, keys, k_sl, key_mask, 0, D1, D).to(dtype)
-                v1 = load_rows(v_ptr, keys, v_sl, key_mask, 0, D1, D).to(dtype)
-                if D2 > 0:
-                    k2 = load_rows(k_ptr, keys, k_sl, key_mask, D1, D2, D).to(dtype)
-                    v2 = load_rows(v_ptr, keys, v_sl, key_mask, D1, D2, D).to(dtype)
+        if RESIDENT:  # all keys at once: no running maximum, and no sums that live beside the scores
             scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
             if D2 > 0:
                 scores = tl.dot(q2, tl.trans(k2), acc=scores, input_precision=PRECISION)
             scores = tl.where(key_mask[None, :], scores * to_exponent, float("-inf"))
-            raised = tl.maximum(highest, tl.max(scores, 1))
-            p = tl.exp2(scores - raised[:, None])
-            shrink = tl.exp2(highest - raised)
-            total = total * shrink + tl.sum(p, 1)
-            acc1 = tl.dot(p.to(dtype), v1, acc=acc1 * shrink[:, None], input_precision=PRECISION)
+            p = tl.exp2(scores - tl.max(scores, 1)[:, None])
+            total = tl.sum(p, 1)
+            acc1 = tl.dot(p.to(dtype), v1, input_precision=PRECISION)
             if D2 > 0:
-                acc2 = tl.dot(p.to(dtype), v2, acc=acc2 * shrink[:, None], input_precision=PRECISION)
-            highest = raised
+                acc2 = tl.dot(p.to(dtype), v2, input_precision=PRECISION)
+        else:
+            acc1 = tl.zeros([BLOCK_Q, D1], tl.float32)
+            if D2 > 0:
+                acc2 = tl.zeros([BLOCK_Q, D2], tl.float32)
+            highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_Q], tl.float32)
+            for start in range(0, num_keys, BLOCK_K):
+                keys = start + tl.arange(0, BLOCK_K)
+                key_mask = keys < num_keys
+                k1 = load_rows(k_ptr, keys, k_sl, key_mask, 0, D1, D).to(dtype)
+                v1 = load_rows(v_ptr, keys, v_sl, key_mask, 0, D1, D).to(dtype)
+                scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+                if D2 > 0:
+                    k2 = load_rows(k_ptr, keys, k_sl, key_mask, D1, D2, D).to(dtype)
+                    v2 = load_rows(v_ptr, keys, v_sl, key_mask, D1, D2, D).to(dtype)
+                    scores = tl.dot(q2, tl.trans(k2), acc=scores, input_precision=PRECISION)
+                scores = tl.where(key_mask[None, :], scores * to_exponent, float("-inf"))
+                raised = tl.maximum(highest, tl.max(scores, 1))
+                p = tl.exp2(scores - raised[:, None])
+                shrink = tl.exp2(highest - raised)
+                total = total * shrink + tl.sum(p, 1)
+                acc1 = tl.dot(p.to(dtype), v1, acc=acc1 * shrink[:, None], input_precision=PRECISION)
+                if D2 > 0:
+                    acc2 = tl.dot(p.to(dtype), v2, acc=acc2 * shrink[:, None], input_precision=PRECISION)
+                highest = raised
 
         if PER_TOKEN:
             offsets = b * t_sb + queries.to(tl.int64) * t_sl

@@ -217,7 +217,7 @@ def test_triton_refuses_what_it_cannot_do(triton_device, monkeypatch):
         x = torch.rand(5, 2, size, device=triton_device, dtype=dtype)
         varlen_cross_attention(x, x, x, torch.tensor([0, 2, 5]), implementation="triton")
 
-    with pytest.raises(ValueError, match="takes float32, float16 and bfloat16, got torch.float64; convert or use"):
+    with pytest.raises(ValueError, match=r"takes float32, float16 and bfloat16, got torch\.float64; convert or use"):
         run(torch.float64)
     with pytest.raises(ValueError, match="head sizes 32 to 128, got 16"):
         run(size=16)
