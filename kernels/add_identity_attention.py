@@ -172,6 +172,8 @@ def _operator(
 ) -> None:
     from .triton.add_identity_attention import add_in_place
 
+    if q.numel() == 0:
+        return
     capability, num_sms = chip_of(q)
     tiles = identity_tiles(
         batch=q.shape[0],
