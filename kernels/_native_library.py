@@ -1,12 +1,7 @@
-"""Finds the native CPU kernels and decides whether they run.
-
-`OMNIID_KERNELS=auto|triton|native|reference`: `auto` and `triton` (which has no say over CPU-only kernels) take the
-native library where it is built, `native` insists on it, `reference` never uses it.
-"""
+"""Finds the native CPU kernels; `_launch.py` decides whether they run."""
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +16,6 @@ def library() -> ctypes.CDLL | None:
     """The shared library beside this package, or None when it was not built."""
     found = sorted(Path(__file__).parent.glob("_native*.so"))
     return ctypes.CDLL(str(found[0])) if found else None
-
-
-def use_native(kernel: str) -> bool:
-    """Whether `kernel` (a name for the message) runs natively now. Raises RuntimeError when forced but not built."""
-    wish = os.environ.get("OMNIID_KERNELS", "auto")
-    if wish not in ("auto", "triton", "native", "reference"):
-        raise ValueError(f"OMNIID_KERNELS={wish!r} is unknown; use auto, triton, native or reference")
-    if wish == "reference":
-        return False
-    if library() is not None:
-        return True
-    if wish == "native":
-        raise RuntimeError(f"OMNIID_KERNELS=native, but the native library for {kernel} is not built; {BUILD_HINT}")
-    return False
 
 
 def address(array: np.ndarray) -> ctypes.c_void_p:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._native_library import address, library, use_native
+from ._launch import pick
+from ._native_library import address, library
 
 
 class SkinLight(NamedTuple):
@@ -65,7 +66,7 @@ def light_skin(surface: SkinSurface, light: SkinLight) -> np.ndarray:
             raise ValueError(f"{name} has shape {array.shape}, expected (3,)")
     if not light.wrap[0] > 0:
         raise ValueError(f"wrap is {light.wrap.tolist()}, expected red above 0")
-    if use_native("light_skin"):
+    if pick("light_skin", ("native", "reference"), device=None) == "native":
         return _light_skin_native(surface, light)
     return light_skin_reference(surface, light)
 

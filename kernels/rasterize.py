@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._native_library import address, library, use_native
+from ._launch import pick
+from ._native_library import address, library
 
 _MIN_AREA = 1e-12  # twice the area in square pixels below which a triangle counts as degenerate
 
@@ -54,7 +55,7 @@ def find_visible(points: np.ndarray, triangles: np.ndarray, height: int, width: 
     points, triangles = _checked_mesh(points, triangles)
     if height < 1 or width < 1:
         raise ValueError(f"the image is {height} x {width}, expected at least 1 x 1")
-    if use_native("rasterize"):
+    if pick("rasterize", ("native", "reference"), device=None) == "native":
         return _find_visible_native(points, triangles, height, width)
     return find_visible_reference(points, triangles, height, width)
 
@@ -84,7 +85,7 @@ def interpolate(
             raise ValueError(
                 f"the pixels show triangles {used.min()} to {used.max()}, expected 0 to {len(triangles) - 1}"
             )
-    if use_native("rasterize"):
+    if pick("rasterize", ("native", "reference"), device=None) == "native":
         return _interpolate_native(points, triangles, attributes, Visible(ids, depths), pixels)
     return interpolate_reference(points, triangles, attributes, Visible(ids, depths), pixels)
 

@@ -10,7 +10,8 @@ import ctypes
 
 import numpy as np
 
-from ._native_library import address, library, use_native
+from ._launch import pick
+from ._native_library import address, library
 
 
 def sample_texture(texture: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -26,7 +27,7 @@ def sample_texture(texture: np.ndarray, at: np.ndarray) -> np.ndarray:
         raise ValueError(f"at has shape {at.shape}, expected (N, 2): columns and rows")
     if not np.isfinite(at).all():
         raise ValueError("at holds values that are not finite")
-    if use_native("sample_texture"):
+    if pick("sample_texture", ("native", "reference"), device=None) == "native":
         return _sample_texture_native(texture, at)
     return sample_texture_reference(texture, at)
 

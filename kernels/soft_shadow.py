@@ -12,7 +12,8 @@ import ctypes
 
 import numpy as np
 
-from ._native_library import address, library, use_native
+from ._launch import pick
+from ._native_library import address, library
 
 
 def soft_shadow(
@@ -33,7 +34,7 @@ def soft_shadow(
         raise ValueError(f"points has shape {points.shape} and normals {normals.shape}, expected (N, 3) both")
     if not (np.isfinite(points).all() and np.isfinite(normals).all()):
         raise ValueError("points or normals hold values that are not finite")
-    if use_native("soft_shadow"):
+    if pick("soft_shadow", ("native", "reference"), device=None) == "native":
         return _soft_shadow_native(depths, matrix, points, normals, lift)
     return soft_shadow_reference(depths, matrix, points, normals, lift)
 

@@ -9,7 +9,8 @@ import ctypes
 
 import numpy as np
 
-from ._native_library import address, library, use_native
+from ._launch import pick
+from ._native_library import address, library
 
 _LARGEST = 2.0**31  # cells are counted in 32 bits
 
@@ -28,7 +29,7 @@ def value_noise(lattice: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
     for name, values in (("x", x), ("y", y)):
         if values.size and not (values.min() > -_LARGEST and values.max() < _LARGEST):
             raise ValueError(f"{name} runs from {values.min()} to {values.max()}, expected within +-2^31")
-    if use_native("value_noise"):
+    if pick("value_noise", ("native", "reference"), device=None) == "native":
         return _value_noise_native(lattice, x, y)
     return value_noise_reference(lattice, x, y)
 

@@ -7,7 +7,8 @@ import ctypes
 
 import numpy as np
 
-from ._native_library import address, library, use_native
+from ._launch import pick
+from ._native_library import address, library
 
 
 def vertex_normals(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
@@ -25,7 +26,7 @@ def vertex_normals(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
             f"triangles index vertices {triangles.min()} to {triangles.max()}, but there are {len(vertices)}"
         )
     triangles = np.ascontiguousarray(triangles, dtype=np.int32)
-    if use_native("vertex_normals"):
+    if pick("vertex_normals", ("native", "reference"), device=None) == "native":
         return _vertex_normals_native(vertices, triangles)
     return vertex_normals_reference(vertices, triangles)
 

@@ -11,6 +11,10 @@ from PIL import Image
 
 from omniid.config import Preset, load_preset
 
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported, by the first test that picks it: its kernels then run on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -33,7 +33,11 @@ def data() -> None:
 )
 @click.option("--split", default="train", show_default=True, help="Split that the records are written as.")
 @click.option(
-    "--yaw-range", default=60.0, show_default=True, type=click.FloatRange(0, 90), help="Largest turn to a side, degrees."
+    "--yaw-range",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(0, 90),
+    help="Largest turn to a side, degrees.",
 )
 @click.option(
     "--workers",

@@ -103,5 +103,7 @@ def _run(name, preset, data_folder, run_folder, weights_folder, resume, override
     if as_json:
         click.echo(json.dumps(summary))
     elif not result.interrupted:
-        validation = "done already" if result.validation_loss is None else f"validation loss {result.validation_loss:.4f}"
+        validation = (
+            "done already" if result.validation_loss is None else f"validation loss {result.validation_loss:.4f}"
+        )
         click.echo(f"{name}: {result.step} steps, {validation}")

@@ -44,8 +44,9 @@ class Batch:
 class FewToManyBatches(torch.utils.data.Dataset):
     """Item s is the batch of step s. Each epoch walks all identities once in a new order.
 
-    num_inputs: closed range of |X^s|, drawn per identity. num_targets: |X^r|. rank, world_size: this process takes every
-    world_size-th identity of the global batch. max_yaw: degrees beyond which photos are left out. mirror: share of identities shown mirrored, captions included. Targets are photos that are not among the inputs while there are enough.
+    num_inputs: closed range of |X^s|, drawn per identity. num_targets: |X^r|. max_yaw: degrees beyond which photos are left
+    out. mirror: share of identities shown mirrored, captions included. rank, world_size: this process takes every
+    world_size-th identity of the global batch. Targets are photos that are not among the inputs while there are enough.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from omniid.errors import OmniIDError
 from omniid.files import atomic_path
+from omniid.kernels.add_identity_attention import add_identity_attention as add_one_identity
 from omniid.kernels.dense_attention import dense_attention
 from omniid.models.flux import FluxLayout, attention_modules, layout_of
 
@@ -160,10 +161,7 @@ def add_identity_attention(
     for keys, values, scale in uses:
         # One person's keys serve all pictures of a batch.
         keys, values = (x.to(query.dtype).expand(query.shape[0], -1, -1, -1) for x in (keys, values))
-        attended = dense_attention(query, keys, values)
-        if isinstance(scale, Tensor):
-            scale = scale.to(query.dtype)[..., None, None]
-        output = output + scale * attended
+        output = add_one_identity(output, query, keys, values, scale)
     return output
 
 

@@ -1,0 +1,241 @@
+"""Decoupled attention to an identity, added to the output of a base model's own attention (Sec. 3.3).
+
+    out += scale * softmax(q k_id^T / sqrt(D)) v_id
+
+The in-place form is for inference; the other one can be differentiated. Several identities are several calls.
+Three implementations: the definition; PyTorch's attention and an addition; Triton, one pass over `out` and `q` with the
+identity's keys and values kept on the chip. `auto` takes PyTorch until a report under benchmarks/results shows Triton
+faster on a GPU.
+Shapes: B pictures, Lq image tokens, L identity tokens, H heads, D head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._launch import pick
+from .dense_attention import dense_attention
+from .varlen_cross_attention import check_triton_head, chip_of, varlen_cross_attention
+
+IMPLEMENTATIONS = ("torch", "triton", "reference")
+FP8 = torch.float8_e4m3fn
+
+
+def add_identity_attention_reference(
+    out: Tensor,
+    q: Tensor,
+    k_id: Tensor,
+    v_id: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """The definition, out of place and in fp32 (float64 for float64); arguments as of `add_identity_attention_`."""
+    _check(out, q, k_id, v_id, scale, k_scale, v_scale)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    k_id, v_id = _dequantized(k_id, k_scale, wide), _dequantized(v_id, v_scale, wide)
+    scores = torch.einsum("blhd,bshd->bhls", q.to(wide), k_id) * q.shape[-1] ** -0.5
+    attended = torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v_id)
+    return (out.to(wide) + _spread(scale, wide) * attended).to(out.dtype)
+
+
+def add_identity_attention_(
+    out: Tensor,
+    q: Tensor,
+    k_id: Tensor,
+    v_id: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Adds scale * attention to `out` where it lies, and returns it.
+
+    out, q: (B, Lq, H, D). k_id, v_id: (B, L, H, D) in the dtype of q, or float8_e4m3fn with k_scale and v_scale (H,), the
+    values that one stands for in each head. scale: a number, or (B, Lq) or (1, Lq), one for each image token.
+    implementation: overrides OMNIID_KERNELS. Triton takes fp32, fp16 and bf16 at D from 32 to 128 and `out` with its D
+    channels side by side.
+    Raises ValueError for what does not fit, for an implementation that cannot run, and where autograd would need the old
+    `out`: use `add_identity_attention` in training.
+    """
+    _check(out, q, k_id, v_id, scale, k_scale, v_scale)
+    differentiable = (out, q, k_id, v_id, *((scale,) if isinstance(scale, Tensor) else ()))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
+        raise ValueError("add_identity_attention_ has no gradient; use add_identity_attention, or torch.no_grad()")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError("out holds one value in several places (an expanded tensor); make it contiguous first")
+    chosen = pick("add_identity_attention_", IMPLEMENTATIONS, device=q.device.type, wish=implementation)
+    if chosen == "reference":
+        return out.copy_(add_identity_attention_reference(out, q, k_id, v_id, scale, k_scale=k_scale, v_scale=v_scale))
+    if chosen == "torch":
+        k_id, v_id = _dequantized(k_id, k_scale, q.dtype), _dequantized(v_id, v_scale, q.dtype)
+        return out.add_(_spread(scale, q.dtype) * dense_attention(q, k_id, v_id))
+    _check_triton(out, q)
+    token_scale = scale.expand(q.shape[:2]) if isinstance(scale, Tensor) else None
+    _operator(out, q, k_id, v_id, token_scale, 0.0 if token_scale is not None else float(scale), k_scale, v_scale)
+    return out
+
+
+def add_identity_attention(
+    out: Tensor,
+    q: Tensor,
+    k_id: Tensor,
+    v_id: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    implementation: str | None = None,
+) -> Tensor:
+    """out + scale * attention as a new tensor in the dtype of `out`, with gradients of all five.
+
+    Arguments and errors as of `add_identity_attention_`; keys and values have the dtype of q.
+    """
+    _check(out, q, k_id, v_id, scale, None, None)
+    chosen = pick("add_identity_attention", IMPLEMENTATIONS, device=q.device.type, wish=implementation)
+    if chosen == "reference":
+        return add_identity_attention_reference(out, q, k_id, v_id, scale)
+    if chosen == "torch":
+        attended = dense_attention(q, k_id, v_id)
+    else:
+        _check_triton(out, q)
+        inputs = (out, q, k_id, v_id, *((scale,) if isinstance(scale, Tensor) else ()))
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+            new = out.clone(memory_format=torch.contiguous_format)
+            return add_identity_attention_(new, q, k_id, v_id, scale, implementation="triton")
+        # The gradients need the attention itself, so nothing is saved by adding within the kernel.
+        batch, length = k_id.shape[:2]
+        bounds = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
+        keys, values = k_id.flatten(0, 1), v_id.flatten(0, 1)
+        attended = varlen_cross_attention(q, keys, values, bounds, implementation="triton")
+    return (out + _spread(scale, q.dtype) * attended).to(out.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityTiles:
+    """How the kernel cuts its work: tile of queries and keys, query tiles of a program, whether all keys stay on the chip."""
+
+    block_q: int
+    block_k: int
+    tiles_per_program: int
+    resident: bool
+    num_warps: int
+    num_stages: int
+
+
+SHARED_BYTES = {8: 163 << 10, 9: 227 << 10, 10: 227 << 10, 12: 99 << 10}
+"""Shared memory that one block may use, by major compute capability; of the chips that `aot` compiles for."""
+
+
+def identity_tiles(
+    *,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    num_heads: int,
+    head_dim: int,
+    element_size: int,
+    capability: tuple[int, int] | None,
+    num_sms: int = 132,
+) -> IdentityTiles:
+    """Tiles of the in-place kernel; capability None is the interpreter."""
+    block_k = max(16, 1 << (num_keys - 1).bit_length())
+    if capability is None:  # a step takes 5 ms whatever its size: few and large ones
+        return IdentityTiles(128, min(block_k, 512), 1, block_k <= 512, 4, 1)
+    padded = 1 << (head_dim - 1).bit_length()
+    if element_size == 4:  # fp32 uses no tensor cores, and its keys fill shared memory at twice the rate
+        return IdentityTiles(32, 32, 1, False, 4, 1)
+    # A tile of 128 x 256 scores beside one of 128 x 128 results spilled 248 bytes with 8 warps (sm_90a, aot).
+    wide = padded * block_k > 64 * 256
+    block_q = 64 if wide or num_queries <= 64 else 128
+    needed = (2 * block_k + block_q) * padded * element_size
+    if block_k > 256 or needed > SHARED_BYTES.get(capability[0], 99 << 10):
+        # Keys come through L2 for every tile instead, as in any flash attention.
+        return IdentityTiles(64, 64, 1, False, 4, 2)
+    # One wave of programs, each with as many query tiles as that takes: keys and values are read num_sms times at most.
+    query_tiles = -(-num_queries // block_q)
+    groups = max(1, num_sms // (batch * num_heads))
+    return IdentityTiles(block_q, block_k, -(-query_tiles // groups), True, 8 if wide or block_q == 128 else 4, 1)
+
+
+@torch.library.custom_op("omniid::add_identity_attention_", mutates_args=("out",))
+def _operator(
+    out: Tensor,
+    q: Tensor,
+    k_id: Tensor,
+    v_id: Tensor,
+    token_scale: Tensor | None,
+    scale: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    from .triton.add_identity_attention import add_in_place
+
+    if q.numel() == 0:
+        return
+    capability, num_sms = chip_of(q)
+    tiles = identity_tiles(
+        batch=q.shape[0],
+        num_queries=q.shape[1],
+        num_keys=k_id.shape[1],
+        num_heads=q.shape[2],
+        head_dim=q.shape[3],
+        element_size=q.element_size(),
+        capability=capability,
+        num_sms=num_sms,
+    )
+    add_in_place(out, q, k_id, v_id, token_scale, scale, k_scale, v_scale, tiles)
+
+
+@_operator.register_fake
+def _(out, q, k_id, v_id, token_scale, scale, k_scale, v_scale):
+    return None
+
+
+def _dequantized(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if scale is None else (x.float() * scale[:, None]).to(dtype)
+
+
+def _spread(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return scale.to(dtype)[..., None, None] if isinstance(scale, Tensor) else scale
+
+
+def _check_triton(out: Tensor, q: Tensor) -> None:
+    check_triton_head("add_identity_attention", q)
+    if out.stride(-1) != 1:
+        raise ValueError(
+            f"add_identity_attention in Triton needs out with its channels side by side, got strides {out.stride()}; "
+            "make it contiguous"
+        )
+
+
+def _check(out, q, k_id, v_id, scale, k_scale, v_scale) -> None:
+    if q.dim() != 4 or out.shape != q.shape:
+        raise ValueError(f"out and q must both be (B, Lq, H, D), got {tuple(out.shape)} and {tuple(q.shape)}")
+    fits = k_id.dim() == 4 and k_id.shape[0] == q.shape[0] and k_id.shape[2:] == q.shape[2:] and k_id.shape[1] > 0
+    if not fits or v_id.shape != k_id.shape:
+        raise ValueError(
+            "k_id and v_id must be (B, L, H, D) with at least one token and the B, H and D of q; "
+            f"got q {tuple(q.shape)}, k_id {tuple(k_id.shape)}, v_id {tuple(v_id.shape)}"
+        )
+    if isinstance(scale, Tensor) and (
+        scale.dim() != 2 or scale.shape[0] not in (1, q.shape[0]) or scale.shape[1] != q.shape[1]
+    ):
+        raise ValueError(f"scale must be a number, (B, Lq) or (1, Lq) for Lq = {q.shape[1]}, got {tuple(scale.shape)}")
+    if len({x.device for x in (out, q, k_id, v_id)}) > 1:
+        raise ValueError(
+            f"out, q, k_id and v_id must be on one device, got {out.device}, {q.device}, {k_id.device}, {v_id.device}"
+        )
+    given = [x is not None for x in (k_scale, v_scale)]
+    if (k_id.dtype == FP8 or v_id.dtype == FP8 or any(given)) and not (k_id.dtype == v_id.dtype == FP8 and all(given)):
+        raise ValueError(
+            "float8_e4m3fn keys and values come together, with k_scale and v_scale (H,); others take neither"
+        )
+    if k_id.dtype != FP8 and not k_id.dtype == v_id.dtype == q.dtype:
+        raise ValueError(
+            f"k_id and v_id must have the dtype of q {q.dtype}, got {k_id.dtype} and {v_id.dtype}; convert them"
+        )
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if x is not None and x.shape != q.shape[2:3]:
+            raise ValueError(f"{name} must hold one value for each of the {q.shape[2]} heads, got {tuple(x.shape)}")

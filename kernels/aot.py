@@ -1,0 +1,214 @@
+"""Compiles every Triton kernel at its default tiles, without a GPU: `python -m omniid.kernels.aot --output aot`.
+
+Writes PTX and cubin of each, and prints what decides their speed: registers of a thread, bytes spilled to memory, shared
+memory of a block, and whether the chip's tensor-core instruction is there. Needs triton, and a process without
+TRITON_INTERPRET. Exit code 1 when a kernel spills or lacks the instruction.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CHIPS = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0), "sm_120": (12, 0)}
+INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90a": "wgmma.mma_async", "sm_100a": "tcgen05.mma", "sm_120": "mma.sync"}
+FP32_POINTERS = {
+    "lse_ptr",
+    "delta_ptr",
+    "partial_ptr",
+    "partial_lse_ptr",
+    "k_scale_ptr",
+    "v_scale_ptr",
+    "token_scale_ptr",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kernel with its compile-time arguments; pointers are bf16 unless their name or `pointers` says otherwise."""
+
+    name: str
+    kernel: object
+    constants: dict[str, object]
+    num_warps: int
+    num_stages: int
+    pointers: dict[str, str] = dataclasses.field(default_factory=dict)
+    has_products: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What became of a variant on one chip."""
+
+    kernel: str
+    chip: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    num_warps: int
+    instruction: str
+    """The tensor-core instruction found, "none" where it is missing, "-" for a kernel without matrix products."""
+
+    @property
+    def is_good(self) -> bool:
+        return self.spill_bytes == 0 and self.instruction != "none"
+
+
+def variants(capability: tuple[int, int]) -> Iterator[Variant]:
+    """Every kernel in bf16 at the head sizes of the presets (64, 80) and of FLUX (128), with the tiles that `auto` takes."""
+    import torch
+
+    from . import add_identity_attention as identity
+    from . import varlen_cross_attention as varlen
+    from .triton import add_identity_attention as identity_kernels
+    from .triton import varlen_cross_attention as varlen_kernels
+
+    dtype, element_size = torch.bfloat16, 2
+    for head_dim in (64, 80, 128):
+        sizes = {"num_queries": 256, "num_keys": 771, "num_heads": 16, "head_dim": head_dim}
+        for num_sequences in (32, 1):  # a batch, and one person: the keys are split
+            tiles = varlen.forward_tiles(
+                **sizes, num_sequences=num_sequences, element_size=element_size, capability=capability
+            )
+            split = tiles.num_splits > 1
+            yield Variant(
+                f"varlen_forward_{'split_' * split}d{head_dim}",
+                varlen_kernels._forward,
+                varlen_kernels.constants(head_dim, dtype, tiles, 0, False) | {"SPLITS": tiles.num_splits},
+                tiles.num_warps,
+                tiles.num_stages,
+                {"out_ptr": "*fp32"} if split else {},
+            )
+        tiles_q, tiles_kv = varlen.backward_tiles(head_dim=head_dim, element_size=element_size, capability=capability)
+        for name, kernel, cut, scanned, pointers in (
+            ("q", varlen_kernels._backward_q, tiles_q, 0, {"dq_ptr": "*fp32"}),
+            ("kv", varlen_kernels._backward_kv, tiles_kv, 32, {}),
+        ):
+            constants = varlen_kernels.constants(head_dim, dtype, cut, scanned, False)
+            yield Variant(
+                f"varlen_backward_{name}_d{head_dim}", kernel, constants, cut.num_warps, cut.num_stages, pointers
+            )
+    tiles = varlen.forward_tiles(
+        num_queries=256, num_keys=771, num_sequences=32, num_heads=16, head_dim=80, element_size=element_size,
+        capability=capability,
+    )  # fmt: skip
+    packed = varlen_kernels.constants(80, dtype, tiles, 32, True) | {"SPLITS": 1}
+    yield Variant("varlen_forward_packed_d80", varlen_kernels._forward, packed, tiles.num_warps, tiles.num_stages)
+    merge = varlen_kernels.merge_constants(80, 4)
+    yield Variant("varlen_merge_d80", varlen_kernels._merge, merge, 4, 1, has_products=False)
+    for head_dim, num_heads, num_queries in ((64, 3, 64), (128, 24, 4096)):
+        tiles = identity.identity_tiles(
+            batch=1, num_queries=num_queries, num_keys=256, num_heads=num_heads, head_dim=head_dim,
+            element_size=element_size, capability=capability,
+        )  # fmt: skip
+        for quantized in (False, True):
+            yield Variant(
+                f"identity_{'fp8_' * quantized}d{head_dim}",
+                identity_kernels._add,
+                identity_kernels.constants(head_dim, dtype, tiles, True, quantized),
+                tiles.num_warps,
+                tiles.num_stages,
+                {"k_ptr": "*fp8e4nv", "v_ptr": "*fp8e4nv"} if quantized else {},
+            )
+
+
+def compile_variant(variant: Variant, chip: str, folder: Path | None) -> Row:
+    """Compiles for the chip, writes NAME.CHIP.ptx and .cubin to the folder where one is given, and looks at the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    major, minor = CHIPS[chip]
+    source = ASTSource(
+        variant.kernel,
+        {name: "constexpr" if name in variant.constants else _type_of(name, variant.pointers) for name in names},
+        {(names.index(name),): value for name, value in variant.constants.items()},
+        # What a launch would find: tensors and their strides are multiples of 16, so loads are vectors.
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if re.search(r"_ptr$|^[okqv]_s[blh]$", name)},
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{variant.name}.{chip}.ptx").write_text(ptx, encoding="utf-8")
+        (folder / f"{variant.name}.{chip}.cubin").write_bytes(cubin)
+    usage = _resources(cubin)
+    instruction = INSTRUCTIONS[chip] if INSTRUCTIONS[chip] in ptx else "none"
+    return Row(
+        kernel=variant.name,
+        chip=chip,
+        registers=usage["REG"],
+        spill_bytes=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        num_warps=variant.num_warps,
+        instruction=instruction if variant.has_products else "-",
+    )
+
+
+def _type_of(name: str, pointers: dict[str, str]) -> str:
+    if name in pointers:
+        return pointers[name]
+    if name.endswith("_ptr"):
+        return "*i32" if name.startswith("cu_") else "*fp32" if name in FP32_POINTERS else "*bf16"
+    return "fp32" if name in ("scale", "softmax_scale") else "i32"
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Counts that cuobjdump gives for the one kernel of a cubin: REG, STACK, LOCAL and others."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", text)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m omniid.kernels.aot", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, help="folder for PTX and cubin; nothing is written without it")
+    parser.add_argument("--chip", action="append", choices=CHIPS, help="only this chip (repeatable)")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--json", action="store_true", help="the table as one JSON document")
+    wish = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 turns Triton's compiler off; start again without it")
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        parser.error("triton is not installed; pip install 'omniid[triton]'")
+    rows = []
+    for chip in wish.chip or CHIPS:
+        for variant in variants(CHIPS[chip]):
+            if wish.kernel in variant.name:
+                rows.append(compile_variant(variant, chip, wish.output))
+                print(f"compiled {variant.name} for {chip}", file=sys.stderr)
+    if not rows:
+        parser.error(f"no kernel has {wish.kernel!r} in its name")
+    table = [dataclasses.asdict(row) for row in rows]
+    if wish.json:
+        print(json.dumps(table))
+    else:
+        widths = [
+            max(len(str(row[name])) for row in [dict(zip(table[0], table[0], strict=True)), *table])
+            for name in table[0]
+        ]
+        for row in [dict(zip(table[0], table[0], strict=True)), *table]:
+            print(
+                "  ".join(str(value).ljust(width) for value, width in zip(row.values(), widths, strict=True)).rstrip()
+            )
+    return int(not all(row.is_good for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

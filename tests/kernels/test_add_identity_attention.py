@@ -1,0 +1,195 @@
+"""Attention added to what is there: every implementation and both forms against float64; refusals; tracing."""
+
+import pytest
+import torch
+
+from omniid.kernels.add_identity_attention import (
+    FP8,
+    IdentityTiles,
+    add_identity_attention,
+    add_identity_attention_,
+    add_identity_attention_reference,
+    identity_tiles,
+)
+
+
+def inputs(batch, queries, keys, heads, size, dtype=torch.float32, device="cpu"):
+    """out and q as image rows of a longer sequence, k and v interleaved in memory, a scale for each token."""
+    g = torch.Generator().manual_seed(0)
+    out, q = (torch.randn(batch, queries + 3, heads, size, generator=g).to(device, dtype)[:, 3:] for _ in range(2))
+    k, v = torch.randn(batch, keys, 2, heads, size, generator=g).to(device, dtype).unbind(2)
+    return out, q, k, v, torch.rand(batch, queries, generator=g).to(device)
+
+
+SHAPES = [(1, 1, 1, 1, 32), (2, 37, 19, 2, 80), (1, 129, 257, 1, 128)]
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(shape, implementation):
+    out, q, k, v, scale = inputs(*shape)
+    for s in (0.5, scale, scale[:1]):
+        exact = add_identity_attention_reference(*(x.double() for x in (out, q, k, v)), s)
+        torch.testing.assert_close(
+            add_identity_attention(out, q, k, v, s, implementation=implementation).double(), exact, atol=1e-5, rtol=1e-5
+        )
+        place = out.clone()
+        assert add_identity_attention_(place, q, k, v, s, implementation=implementation) is place
+        torch.testing.assert_close(place.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_several_identities_are_several_calls():
+    out, q, k, v, _ = inputs(1, 5, 7, 2, 32)
+    both = add_identity_attention_(add_identity_attention_(out.clone(), q, k, v, 0.3), q, v, k, 0.7)
+    apart = add_identity_attention(out, q, k, v, 0.3) - out + add_identity_attention(out, q, v, k, 0.7)
+    torch.testing.assert_close(both, apart, atol=1e-5, rtol=1e-5)
+
+
+def check_triton(shape, dtype, device, assert_accurate):
+    out, q, k, v, scale = inputs(*shape, dtype, device)
+    exact = add_identity_attention_reference(*(x.double() for x in (out, q, k, v)), scale.double())
+    before = [x.clone() for x in (q, k, v, scale)]
+    outs = {}
+    for implementation in ("triton", "auto"):
+        rows = torch.full((shape[0], shape[1] + 3, *out.shape[2:]), float("nan"), dtype=dtype, device=device)
+        place = rows[:, 3:].copy_(out)
+        outs[implementation] = add_identity_attention_(place, q, k, v, scale, implementation=implementation)
+        assert rows[:, :3].isnan().all(), "wrote outside of out"
+    assert_accurate("out", outs["triton"], outs["auto"], exact)
+    for x, old in zip((q, k, v, scale), before, strict=True):
+        assert torch.equal(x, old), "an input changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_is_as_accurate_as_torch(shape, dtype, triton_device, poisoned, assert_accurate):
+    check_triton(shape, dtype, triton_device, assert_accurate)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 4096, 256, 24, 128), (1, 1000, 600, 24, 128), (4, 64, 32, 3, 64)], ids=str)
+def test_triton_in_bfloat16(shape, triton_device, poisoned, assert_accurate):
+    check_triton(shape, torch.bfloat16, triton_device, assert_accurate)
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "through L2"])
+def test_triton_at_several_tiles_a_program(resident, triton_device):
+    from omniid.kernels.triton.add_identity_attention import add_in_place
+
+    out, q, k, v, _ = inputs(1, 37, 19, 1, 80, device=triton_device)
+    exact = add_identity_attention_reference(*(x.double() for x in (out, q, k, v)), 0.5)
+    add_in_place(out, q, k, v, None, 0.5, None, None, IdentityTiles(16, 32 if resident else 16, 2, resident, 4, 1))
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "triton"])
+def test_fp8_keys_and_values(implementation, request):
+    device = request.getfixturevalue("triton_device") if implementation == "triton" else "cpu"
+    out, q, k, v, scale = inputs(1, 9, 19, 2, 32, device=device)
+    k_scale, v_scale = torch.rand(2, 2, device=device) + 0.5
+    k, v = (x.to("cpu").to(FP8).to(device) for x in (k, v))
+    wide = (k.double() * k_scale[:, None], v.double() * v_scale[:, None])
+    exact = add_identity_attention_reference(out.double(), q.double(), *wide, scale.double())
+    add_identity_attention_(out, q, k, v, scale, k_scale=k_scale, v_scale=v_scale, implementation=implementation)
+    torch.testing.assert_close(out.double(), exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_fp8_costs_what_its_rounding_costs(triton_device):
+    out, q, k, v, _ = inputs(1, 1000, 256, 24, 128, torch.bfloat16, triton_device)
+    exact = add_identity_attention_reference(*(x.double() for x in (torch.zeros_like(out), q, k, v)))
+    scales = [x.float().abs().amax((0, 1, 3)) / 448 for x in (k, v)]
+    k, v = ((x.float() / s[:, None]).to(FP8) for x, s in zip((k, v), scales, strict=True))
+    out.zero_()
+    add_identity_attention_(out, q, k, v, k_scale=scales[0], v_scale=scales[1], implementation="triton")
+    assert (out.double() - exact).norm() < 5e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_gradients(implementation):
+    out, q, k, v, scale = (x[..., :3] if x.dim() == 4 else x for x in inputs(2, 4, 3, 2, 32, torch.float64))
+    leaves = [x.detach().double().clone().requires_grad_() for x in (out, q, k, v, scale)]
+    assert torch.autograd.gradcheck(lambda *x: add_identity_attention(*x, implementation=implementation), leaves)
+
+
+def test_triton_gradients_are_as_accurate_as_torchs(triton_device, poisoned, assert_accurate):
+    tensors = inputs(2, 37, 19, 1, 80, device=triton_device)
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(triton_device)
+
+    def run(implementation, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        out = add_identity_attention(*leaves, implementation=implementation)
+        return out, *torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    results = run("triton", torch.float32), run("auto", torch.float32), run("auto", torch.float64)
+    for name, *three in zip(("sum", "out", "q", "k", "v", "scale"), *results, strict=True):
+        assert_accurate(name, *three)
+    with torch.no_grad():
+        inference = add_identity_attention(*tensors, implementation="triton")
+    assert_accurate("without gradients", inference, results[1][0], results[2][0])
+
+
+def test_no_pictures_and_no_tokens(triton_device):
+    for shape in ((0, 5, 7, 2, 32), (1, 0, 7, 2, 32)):
+        out, q, k, v, scale = inputs(*shape, device=triton_device)
+        for implementation in ("auto", "reference", "triton"):
+            assert add_identity_attention_(out, q, k, v, scale, implementation=implementation).shape == q.shape
+
+
+def test_zero_values_change_nothing_to_the_bit():
+    out, q, k, v, _ = inputs(1, 5, 7, 2, 32)
+    assert torch.equal(add_identity_attention(out, q, k, v * 0, 0.7), out)
+
+
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_can_be_compiled(implementation, triton_device):
+    *tensors, scale = inputs(1, 5, 7, 1, 32, device=triton_device)
+
+    def run(out, q, k, v, scale):
+        return add_identity_attention_(out * 1, q, k, v, scale, implementation=implementation)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors, scale)
+    torch.testing.assert_close(compiled, add_identity_attention_reference(*tensors, scale), atol=1e-5, rtol=1e-5)
+
+
+def test_wrong_inputs_are_refused(triton_device):
+    out, q, k, v, scale = inputs(2, 5, 7, 2, 32)
+    ones = torch.ones(2)
+    for arguments, options, words in (
+        ((out[:, 1:], q, k, v), {}, r"out and q must both be \(B, Lq, H, D\)"),
+        ((out, q, k[:1], v[:1]), {}, "at least one token and the B, H and D of q"),
+        ((out, q, k[:, :0], v[:, :0]), {}, "at least one token"),
+        ((out, q, k, v[:, 1:]), {}, r"v_id \(2, 6, 2, 32\)"),
+        ((out, q, k, v, scale[:, 1:]), {}, r"scale must be a number, \(B, Lq\) or \(1, Lq\) for Lq = 5"),
+        ((out, q, k.to("meta"), v), {}, "must be on one device"),
+        ((out, q, k.half(), v), {}, "must have the dtype of q torch.float32, got torch.float16"),
+        ((out, q, k.to(FP8), v.to(FP8)), {}, "come together, with k_scale and v_scale"),
+        ((out, q, k, v), {"k_scale": ones, "v_scale": ones}, "others take neither"),
+        (
+            (out, q, k.to(FP8), v.to(FP8)),
+            {"k_scale": ones[:1], "v_scale": ones},
+            "k_scale must hold one value for each",
+        ),
+        ((out.clone().requires_grad_(), q, k, v), {}, "use add_identity_attention, or torch.no_grad"),
+        ((out, q, k, v, scale.clone().requires_grad_()), {}, "has no gradient"),
+        ((out[:1, :1].expand_as(out), q, k, v), {}, "one value in several places"),
+        ((out, q, k, v), {"implementation": "native"}, "has no native implementation"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            add_identity_attention_(*arguments, **options)
+    turned = out.transpose(2, 3).contiguous().transpose(2, 3).to(triton_device)
+    with pytest.raises(ValueError, match="channels side by side"):
+        add_identity_attention_(turned, *(x.to(triton_device) for x in (q, k, v)), implementation="triton")
+
+
+def test_tiles_follow_from_sizes():
+    sizes = {"batch": 1, "num_queries": 4096, "num_keys": 256, "num_heads": 24, "head_dim": 128, "element_size": 2}
+    # 5 programs for each of 24 heads, of 13 tiles each: 120 of 132 multiprocessors in one wave.
+    assert identity_tiles(**sizes, capability=(9, 0)) == IdentityTiles(64, 256, 13, True, 8, 1)
+    assert identity_tiles(**sizes | {"head_dim": 64}, capability=(9, 0)) == IdentityTiles(128, 256, 7, True, 8, 1)
+    assert identity_tiles(**sizes | {"num_keys": 16, "num_queries": 64}, capability=(9, 0)).num_warps == 4
+    assert not identity_tiles(**sizes, capability=(12, 0)).resident  # 99 KB do not hold the keys
+    assert not identity_tiles(**sizes | {"num_keys": 300}, capability=(9, 0)).resident
+    assert identity_tiles(**sizes | {"element_size": 4}, capability=(9, 0)) == IdentityTiles(32, 32, 1, False, 4, 1)
+    assert identity_tiles(**sizes, capability=None) == IdentityTiles(128, 256, 1, True, 4, 1)
+    assert not identity_tiles(**sizes | {"num_keys": 600}, capability=None).resident

@@ -1,0 +1,58 @@
+"""Ahead-of-time compilation: no default tile spills, every kernel with products uses Hopper's tensor cores, refusals."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def aot(folder, *arguments, interpret="0"):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "omniid.kernels.aot", *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": interpret}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_default_tiles_on_hopper(tmp_path):
+    run = aot(tmp_path, "--chip", "sm_90a", "--json", "--output", "kernels")
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads(run.stdout)
+    assert {name.split("_d")[0] for name in (row["kernel"] for row in rows)} >= {
+        "varlen_forward",
+        "varlen_forward_split",
+        "varlen_forward_packed",
+        "varlen_merge",
+        "varlen_backward_q",
+        "varlen_backward_kv",
+        "identity",
+        "identity_fp8",
+    }
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert row["instruction"] == ("-" if "merge" in row["kernel"] else "wgmma.mma_async"), row
+        assert row["shared_bytes"] <= 227 << 10, row
+        assert (tmp_path / "kernels" / f"{row['kernel']}.sm_90a.cubin").stat().st_size > 0
+        assert ".target sm_90a" in (tmp_path / "kernels" / f"{row['kernel']}.sm_90a.ptx").read_text()
+
+
+def test_refusals(tmp_path):
+    run = aot(tmp_path, interpret="1")
+    assert run.returncode == 2
+    assert "TRITON_INTERPRET=1 turns Triton's compiler off; start again without it" in run.stderr
+    run = aot(tmp_path, "--kernel", "nonsense", "--chip", "sm_80")
+    assert run.returncode == 2
+    assert "no kernel has 'nonsense' in its name" in run.stderr
+
+
+def test_row_is_good_only_without_spills_and_with_the_instruction():
+    from omniid.kernels.aot import Row
+
+    row = {"kernel": "x", "chip": "sm_90a", "registers": 1, "shared_bytes": 0, "num_warps": 4}
+    assert Row(**row, spill_bytes=0, instruction="-").is_good
+    assert not Row(**row, spill_bytes=8, instruction="wgmma.mma_async").is_good
+    assert not Row(**row, spill_bytes=0, instruction="none").is_good
