@@ -25,7 +25,7 @@ $(INSTALLED): setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/native/*
 		echo "omniid needs Python 3.11 or newer, and $(PYTHON) is older; name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -P -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet -e '.[dev,triton]'
 	@touch $@
 
 demo: venv
