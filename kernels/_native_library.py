@@ -9,6 +9,8 @@ import functools
 import os
 from pathlib import Path
 
+import torch
+
 BUILD_HINT = (
     "build it with: pip install -e . (needs CMake and a C++17 compiler; OMNIID_BUILD_NATIVE=1 shows why it fails)"
 )
@@ -33,3 +35,15 @@ def use_native(kernel: str) -> bool:
     if wish == "native":
         raise RuntimeError(f"OMNIID_KERNELS=native, but the native library for {kernel} is not built; {BUILD_HINT}")
     return False
+
+
+def call_native(function: str, *arguments: torch.Tensor | int) -> int:
+    """Calls `function` of the library with the addresses of tensors, the integers, and torch's number of threads.
+
+    The library has an OpenMP of its own, which does not know of `torch.set_num_threads`.
+    """
+    converted = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int64(a)
+        for a in (*arguments, torch.get_num_threads())
+    ]
+    return getattr(library(), function)(*converted)
