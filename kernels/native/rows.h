@@ -5,7 +5,7 @@
 
 // GCC makes one version per name and picks at load time what the processor has; elsewhere the baseline runs.
 // Only leaf functions carry it: the bodies of OpenMP regions are split off before the versions are made.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12  // clang says 4; older GCC lacks these names
 #define OMNIID_VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define OMNIID_INLINE inline __attribute__((always_inline))
 #else
