@@ -1,4 +1,4 @@
-"""The masked decoder with and without its exact saving of rows (`fast_rows`): loss and gradients, 8 targets."""
+"""The masked decoder with and without its exact saving of rows (`fast_rows`), and its row movements by themselves."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import torch
 from harness import report, time_in_turn
 
 from omniid.config import load_preset
+from omniid.kernels.masked_rows import pick_rows, pick_rows_reference, spread_rows, spread_rows_reference
 from omniid.models.masked_decoder import MaskedDecoder
 
 NUM_TARGETS, FACE_SHARE = 8, 0.45
@@ -36,6 +37,37 @@ def setup(preset_name: str, num_identities: int):
     return {"plain": run(False), "fast_rows": run(True)}
 
 
+def setup_movement(preset_name: str, num_identities: int, movement: str):
+    """One movement by itself, forward and backward: torch's indexing, compiled, and what omniid picks."""
+    decoder = load_preset(preset_name).decoder
+    generator = torch.Generator().manual_seed(0)
+    samples = num_identities * NUM_TARGETS
+    patches, visible = decoder.num_patches, decoder.num_visible
+    noise = torch.rand(num_identities, NUM_TARGETS, patches, generator=generator)
+    if movement == "pick rows":
+        index = noise.view(samples, patches).argsort(-1)[:, : round(patches * FACE_SHARE)].contiguous()
+        rows = torch.randn(samples, patches, decoder.width, generator=generator)
+        upstream = torch.randn(*index.shape, decoder.width, generator=generator)
+        forms, rest = (pick_rows_reference, pick_rows), (index,)
+    else:
+        rest = (noise.argsort(-1)[..., :visible].contiguous(), NUM_TARGETS, patches)
+        unique = patches + NUM_TARGETS * visible
+        if movement == "spread rows":
+            rows = torch.randn(num_identities, unique, decoder.width, generator=generator)
+            upstream = torch.randn(samples, patches, decoder.width, generator=generator)
+        else:  # attention takes and returns keys head by head
+            heads = (decoder.num_heads, decoder.width // decoder.num_heads)
+            rows = torch.randn(num_identities, unique, *heads, generator=generator).bfloat16()
+            upstream = torch.randn(samples, heads[0], patches, heads[1], generator=generator).bfloat16().transpose(1, 2)
+        forms = (spread_rows_reference, spread_rows)
+    rows.requires_grad_()
+
+    def run(function):
+        return lambda: torch.autograd.grad(function(rows, *rest), rows, upstream)
+
+    return {"torch": run(forms[0]), "compiled": run(torch.compile(forms[0])), "omniid": run(forms[1])}
+
+
 rows = []
 for preset_name, num_identities in (("mini", 8), ("paper", 1)):
     width = dataclasses.asdict(load_preset(preset_name).decoder)["width"]
@@ -52,8 +84,16 @@ for preset_name, num_identities in (("mini", 8), ("paper", 1)):
             "plain / fast_rows": plain / fast,
         }
     )
+    for movement in ("spread rows", "spread keys", "pick rows"):
+        times = time_in_turn(setup_movement(preset_name, num_identities, movement), rounds=7)
+        rows.append(
+            {"preset": preset_name, "movement": movement}
+            | {f"{name} ms": t["median_ms"] for name, t in times.items()}
+            | {"torch / omniid": times["torch"]["median_ms"] / times["omniid"]["median_ms"]}
+        )
 report(
     "masked_rows",
     rows,
-    "Decoder loss forward and backward in bf16 autocast, medians. The values agree to rounding: see the decoder's tests.",
+    "Forward and backward, medians. First rows: the decoder's loss in bf16 autocast; the values agree to rounding, see the "
+    "decoder's tests. Movements: rows in fp32, keys in bf16.",
 )

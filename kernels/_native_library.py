@@ -21,3 +21,17 @@ def library() -> ctypes.CDLL | None:
 def address(array: np.ndarray) -> ctypes.c_void_p:
     """Where a contiguous array lies, as an argument of a native function; the caller keeps the array alive."""
     return ctypes.c_void_p(array.__array_interface__["data"][0])  # array.ctypes.data takes several times as long
+
+
+def call_native(function: str, *arguments) -> int:
+    """Calls `function` of the library with the addresses of tensors, the integers, and torch's number of threads.
+
+    The library has an OpenMP of its own, which does not know of `torch.set_num_threads`.
+    """
+    import torch  # here, since the NumPy kernels' processes never need it
+
+    converted = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int64(a)
+        for a in (*arguments, torch.get_num_threads())
+    ]
+    return getattr(library(), function)(*converted)

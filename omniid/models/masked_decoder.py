@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from omniid.config import DecoderConfig, EncoderConfig
 from omniid.kernels.dense_attention import dense_attention
+from omniid.kernels.masked_rows import pick_rows, spread_rows
+from omniid.kernels.patch_l1 import patch_l1, patch_l1_reference
 from omniid.models.transformer import CrossBlock, SelfBlock, init_linear
 
 
@@ -65,12 +67,13 @@ class MaskedDecoder(nn.Module):
             # Face rows first; the rows that fill up shorter targets have an empty mask and so weigh nothing.
             chosen = has_face.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[:, :num_rows]
             rows = self._decode_fast(codes, patches, visible, chosen)
-            wanted = chosen.unsqueeze(-1).expand(-1, -1, face.shape[-1])
-            pixels, face = patches.flatten(0, 1).gather(1, wanted), face.gather(1, wanted)
+            pixels, face = pick_rows(patches.flatten(0, 1), chosen), pick_rows(face, chosen)
+            evaluate = patch_l1
         else:
             rows, pixels = self._decode(codes, patches, visible), patches.flatten(0, 1)
-        error = (self.head(self.norm(rows)).float() - pixels).abs() * face
-        return error.sum() / face.sum().clamp(min=1)
+            evaluate = patch_l1_reference
+        hidden, pixels, face = (x.flatten(0, 1) for x in (self.norm(rows), pixels, face))
+        return evaluate(hidden, self.head.weight, self.head.bias, pixels, face)
 
     def _decode(self, codes: Tensor, patches: Tensor, visible: Tensor) -> Tensor:
         """Rows (B * T, N, C) before the final norm, every row of every target by itself."""
@@ -113,24 +116,8 @@ class MaskedDecoder(nn.Module):
             x = block(x)
         normed = last.norm_attention(x)
         keys, values = last.keys_values(normed)
-        wanted = chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return last.finish(x.gather(1, wanted), dense_attention(last.queries(normed.gather(1, wanted)), keys, values))
-
-
-def spread_rows(rows: Tensor, visible: Tensor, num_targets: int, num_patches: int) -> Tensor:
-    """All targets' rows (B * T, N, ...) from the rows that differ, (B, N + T * V, ...).
-
-    The first N rows are the masked positions, equal for all targets; the others replace them where a target's patch is
-    visible (B, T, V). The gradient sums over targets in a fixed order, so it is deterministic.
-    """
-    num_identities = len(rows)
-    masked, seen = rows[:, :num_patches], rows[:, num_patches:]
-    full = masked.unsqueeze(1).expand(-1, num_targets, *masked.shape[1:])  # (B, T, N, ...)
-    flat = full.reshape(num_identities * num_targets * num_patches, *masked.shape[2:])
-    offsets = torch.arange(num_identities * num_targets, device=rows.device).view(num_identities, num_targets, 1)
-    index = (visible + offsets * num_patches).flatten()
-    flat = flat.index_copy(0, index, seen.reshape(len(index), *masked.shape[2:]))
-    return flat.view(num_identities * num_targets, num_patches, *masked.shape[2:])
+        queries = last.queries(pick_rows(normed, chosen))
+        return last.finish(pick_rows(x, chosen), dense_attention(queries, keys, values))
 
 
 def patchify(images: Tensor, size: int) -> Tensor:

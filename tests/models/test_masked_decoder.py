@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from omniid.models.masked_decoder import MaskedDecoder, patchify, spread_rows, unpatchify
+from omniid.models.masked_decoder import MaskedDecoder, patchify, unpatchify
 
 
 @pytest.fixture
@@ -82,15 +82,3 @@ def test_patchify_round_trip(generator):
     images = torch.rand(2, 3, 3, 24, 24, generator=generator)
     assert patchify(images, 8).shape == (2, 3, 9, 192)
     assert torch.equal(unpatchify(patchify(images, 8), 8, 24), images)
-
-
-def test_spread_rows_places_every_row(generator):
-    rows = torch.rand(2, 5 + 3 * 2, 4, generator=generator)
-    visible = torch.tensor([[[0, 4], [1, 2], [2, 3]], [[3, 4], [0, 1], [0, 4]]])
-    full = spread_rows(rows, visible, num_targets=3, num_patches=5).view(2, 3, 5, 4)
-    for b in range(2):
-        for t in range(3):
-            for n in range(5):
-                shown = (visible[b, t] == n).nonzero()
-                expected = rows[b, 5 + t * 2 + int(shown)] if len(shown) else rows[b, n]
-                assert torch.equal(full[b, t, n], expected)

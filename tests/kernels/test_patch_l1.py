@@ -1,0 +1,226 @@
+"""Projection and masked L1: the native form against float64, rows without face pixels, gradients, refusals."""
+
+import pytest
+import torch
+
+from omniid.kernels import patch_l1 as module
+from omniid.kernels._native_library import library
+from omniid.kernels.patch_l1 import patch_l1, patch_l1_reference
+
+# rows, hidden width, values of a patch, share of rows with face pixels; the last ones cross a block of rows
+SHAPES = [
+    (1, 1, 1, 1.0),
+    (7, 5, 3, 0.5),
+    (31, 64, 12, 1.0),
+    (257, 33, 129, 0.5),
+    (1031, 24, 48, 1.0),
+    (2100, 17, 27, 0.6),
+]
+NAMES = ("loss", "hidden", "weight", "bias", "pixels")
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    if library() is None:
+        pytest.skip("the native library is not built")
+    monkeypatch.setenv("OMNIID_KERNELS", "native")
+
+
+def draw(shape, generator, dtype=torch.float32, pixels_dtype=torch.float32):
+    """hidden, weight, bias, pixels and face_mask."""
+    rows, width, values, share = shape
+    hidden = torch.randn(rows, width, generator=generator).to(dtype)
+    weight = (torch.randn(values, width, generator=generator) * width**-0.5).to(dtype)
+    bias = torch.randn(values, generator=generator).to(dtype)
+    pixels = torch.randn(rows, values, generator=generator).to(pixels_dtype)
+    has_face = torch.rand(rows, 1, generator=generator) < share
+    return hidden, weight, bias, pixels, has_face & (torch.rand(rows, values, generator=generator) < 0.7)
+
+
+def loss_and_gradients(function, *inputs, upstream=0.7):
+    """The loss and the gradients of hidden, weight, bias and pixels, under an incoming gradient that is not one."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:4]]
+    loss = function(*leaves, inputs[4])
+    return loss.detach(), *torch.autograd.grad(loss, leaves, torch.tensor(upstream, dtype=loss.dtype))
+
+
+@pytest.mark.parametrize("pixels_dtype", [torch.float32, torch.bfloat16], ids=["pixels fp32", "pixels bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(native, shape, dtype, pixels_dtype, generator):
+    inputs = draw(shape, generator, dtype, pixels_dtype)
+    kept = [x.clone() for x in inputs]
+    exact = loss_and_gradients(patch_l1_reference, *(x.double() for x in inputs[:4]), inputs[4])
+    plain = loss_and_gradients(patch_l1_reference, *inputs)
+    got = loss_and_gradients(patch_l1, *inputs)
+    for name, wanted, torchs, ours in zip(NAMES, exact, plain, got, strict=True):
+        assert ours.dtype == torchs.dtype, name
+        error, plain_error = ((x.double() - wanted).norm() for x in (ours, torchs))
+        allowed = 1.2 * plain_error + torch.finfo(ours.dtype).eps / 4 * wanted.norm()
+        assert error <= allowed, f"{name}: error {error:.3g}, torch {plain_error:.3g}, allowed {allowed:.3g}"
+    assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_without_face_pixels_the_loss_and_gradients_are_zero(native, rows, generator):
+    inputs = draw((rows, 4, 3, 0.0), generator)
+    for value in loss_and_gradients(patch_l1, *inputs):
+        assert not value.any()
+
+
+@pytest.mark.parametrize("layout", ["unaligned", "transposed", "values apart", "repeated"])
+def test_any_layout(native, layout, generator):
+    *floats, mask = draw((33, 20, 18, 0.6), generator)
+    if layout == "unaligned":
+        floats = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in floats]
+        mask = torch.cat([mask.flatten()[:1], mask.flatten()])[1:].view(mask.shape)
+    elif layout == "transposed":
+        floats, mask = [x.t().contiguous().t() for x in floats], mask.t().contiguous().t()
+    elif layout == "values apart":
+        floats = [x.repeat_interleave(2, dim=-1)[..., ::2] for x in floats]
+    else:
+        floats[0], floats[3], mask = (x[:1].expand_as(x) for x in (floats[0], floats[3], mask))
+    expected = loss_and_gradients(patch_l1_reference, *(x.contiguous() for x in floats), mask.contiguous())
+    for name, wanted, got in zip(NAMES, expected, loss_and_gradients(patch_l1, *floats, mask), strict=True):
+        torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_every_value_is_written(native, monkeypatch, generator):
+    inputs = draw((1100, 8, 6, 0.5), generator)
+    expected = loss_and_gradients(patch_l1, *inputs)
+
+    def poisoned(make):
+        def wrapped(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan if x.is_floating_point() else 99)
+
+        return wrapped
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    for wanted, got in zip(expected, loss_and_gradients(patch_l1, *inputs), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("function", [patch_l1, patch_l1_reference], ids=["native", "reference"])
+def test_nan_counts_inside_the_mask_only(native, function, generator):
+    *floats, mask = draw((9, 4, 6, 1.0), generator)
+    mask[:, 0], mask[:, 1] = False, True
+    floats[3][:, 0] = torch.nan
+    assert all(x.isfinite().all() for x in loss_and_gradients(function, *floats, mask))
+    floats[3][2, 1] = torch.nan
+    loss, *gradients = loss_and_gradients(function, *floats, mask)
+    assert loss.isnan()
+    expected = loss_and_gradients(patch_l1_reference, *floats, mask)[1:]
+    for name, got, wanted in zip(NAMES[1:], gradients, expected, strict=True):
+        torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_number_of_threads_changes_nothing(native, dtype, generator):
+    inputs = draw((1100, 64, 48, 0.8), generator, dtype)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 1, 2):
+            torch.set_num_threads(count)
+            results.append(loss_and_gradients(patch_l1, *inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, a, b in zip(NAMES, results[0], other, strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_a_second_backward_repeats_the_first(native, generator):
+    *floats, mask = draw((40, 8, 6, 0.5), generator)
+    leaves = [x.requires_grad_() for x in floats]
+    loss = patch_l1(*leaves, mask)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True))
+
+
+@pytest.mark.parametrize("wanted", range(4), ids=NAMES[1:])
+def test_one_gradient_at_a_time(native, wanted, generator):
+    inputs = draw((40, 8, 6, 0.5), generator)
+    expected = loss_and_gradients(patch_l1, *inputs, upstream=1.0)[wanted + 1]
+    leaf = inputs[wanted].requires_grad_()
+    assert torch.equal(torch.autograd.grad(patch_l1(*inputs), leaf)[0], expected)
+
+
+def test_gradcheck(generator):
+    *floats, mask = draw((6, 3, 4, 0.7), generator, torch.float64, torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: patch_l1(*x, mask), [x.requires_grad_() for x in floats])
+
+
+def test_autocast_projects_in_its_dtype(native, generator):
+    inputs = draw((50, 16, 12, 0.5), generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = loss_and_gradients(patch_l1_reference, *inputs)
+        got = loss_and_gradients(patch_l1, *inputs)
+    assert [x.dtype for x in got] == [x.dtype for x in expected]
+    torch.testing.assert_close(got[0], expected[0])
+    for name, a, b in zip(NAMES, got, expected, strict=True):
+        assert (a - b).norm() <= 5e-3 * b.norm(), name
+
+
+def test_other_dtypes_take_the_reference(native, generator):
+    for dtype in (torch.float16, torch.float64):
+        inputs = draw((5, 4, 3, 1.0), generator, dtype)
+        assert torch.equal(patch_l1(*inputs), patch_l1_reference(*inputs))
+
+
+def test_registrations(native, generator):
+    *floats, mask = draw((9, 4, 6, 0.5), generator)
+    torch.library.opcheck(module._forward, ([*(x.requires_grad_() for x in floats), mask]))
+    hidden, weight = (x.detach() for x in floats[:2])
+    _, signs, counts = module._forward(*floats, mask)
+    for wanted in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            module._backward,
+            (torch.tensor(0.5), hidden, weight, signs, counts, *wanted),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_compile_and_export(native, generator):
+    inputs = draw((20, 8, 6, 0.5), generator)
+    expected = loss_and_gradients(patch_l1, *inputs)
+    compiled = torch.compile(patch_l1, backend="aot_eager", fullgraph=True)
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(compiled, *inputs), expected, strict=True))
+
+    class Loss(torch.nn.Module):
+        def forward(self, *inputs):
+            return patch_l1(*inputs)
+
+    assert torch.equal(torch.export.export(Loss(), inputs).module()(*inputs), expected[0])
+
+
+def test_without_the_library_the_reference_runs(monkeypatch, generator):
+    monkeypatch.setattr("omniid.kernels._native_library.library", lambda: None)
+    monkeypatch.setenv("OMNIID_KERNELS", "auto")
+    inputs = draw((5, 4, 3, 1.0), generator)
+    assert torch.equal(patch_l1(*inputs), patch_l1_reference(*inputs))
+    monkeypatch.setenv("OMNIID_KERNELS", "native")
+    with pytest.raises(RuntimeError, match="patch_l1 is not built"):
+        patch_l1(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "words"),
+    [
+        (0, lambda x: x[:, 1:], r"got hidden \(5, 3\), weight \(3, 4\)"),
+        (1, lambda x: x.flatten(), r"weight \(12,\)"),
+        (2, lambda x: x[1:], r"bias \(2,\)"),
+        (3, lambda x: x[1:], r"pixels \(4, 3\)"),
+        (4, lambda x: x[:, :1], r"face_mask \(5, 1\)"),
+        (4, lambda x: x.float(), "make it bool"),
+        (0, lambda x: x.int(), "hidden is torch.int32; convert it"),
+        (0, lambda x: x.bfloat16(), "cast them to one dtype"),
+        (3, lambda x: x.to("meta"), "pixels on meta"),
+    ],
+)
+def test_wrong_inputs_are_refused(place, change, words, generator):
+    inputs = list(draw((5, 4, 3, 1.0), generator))
+    inputs[place] = change(inputs[place])
+    with pytest.raises(ValueError, match=words):
+        patch_l1(*inputs)
