@@ -147,17 +147,16 @@ def identity_tiles(
     padded = 1 << (head_dim - 1).bit_length()
     if element_size == 4:  # fp32 uses no tensor cores, and its keys fill shared memory at twice the rate
         return IdentityTiles(32, 32, 1, False, 4, 1)
-    # A tile of 128 x 256 scores beside one of 128 x 128 results spilled 248 bytes with 8 warps (sm_90a, aot).
-    wide = padded * block_k > 64 * 256
-    block_q = 64 if wide or num_queries <= 64 else 128
+    block_q = 64 if num_queries <= 64 else 128
     needed = (2 * block_k + block_q) * padded * element_size
-    if block_k > 256 or needed > SHARED_BYTES.get(capability[0], 99 << 10):
+    # 256 keys at D = 128 fit, but spill with 8 warps: 16 bytes in tiles of 64 queries, 248 in tiles of 128 (sm_90a, aot).
+    if block_k * padded > 256 * 64 or needed > SHARED_BYTES.get(capability[0], 99 << 10):
         # Keys come through L2 for every tile instead, as in any flash attention.
         return IdentityTiles(64, 64, 1, False, 4, 2)
     # One wave of programs, each with as many query tiles as that takes: keys and values are read num_sms times at most.
     query_tiles = -(-num_queries // block_q)
     groups = max(1, num_sms // (batch * num_heads))
-    return IdentityTiles(block_q, block_k, -(-query_tiles // groups), True, 8 if wide or block_q == 128 else 4, 1)
+    return IdentityTiles(block_q, block_k, -(-query_tiles // groups), True, 8 if block_q == 128 else 4, 1)
 
 
 @torch.library.custom_op("omniid::add_identity_attention_", mutates_args=("out",))
