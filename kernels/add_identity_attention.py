@@ -33,7 +33,7 @@ def add_identity_attention_reference(
     v_scale: Tensor | None = None,
 ) -> Tensor:
     """The definition, out of place and in fp32 (float64 for float64); arguments as of `add_identity_attention_`."""
-    _check(out, q, k_id, v_id, scale, k_scale, v_scale)
+    k_id, v_id = _fitted(out, q, k_id, v_id, scale, k_scale, v_scale)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     k_id, v_id = _dequantized(k_id, k_scale, wide), _dequantized(v_id, v_scale, wide)
     scores = torch.einsum("blhd,bshd->bhls", q.to(wide), k_id) * q.shape[-1] ** -0.5
@@ -54,14 +54,15 @@ def add_identity_attention_(
 ) -> Tensor:
     """Adds scale * attention to `out` where it lies, and returns it.
 
-    out, q: (B, Lq, H, D). k_id, v_id: (B, L, H, D) in the dtype of q, or float8_e4m3fn with k_scale and v_scale (H,), the
-    values that one stands for in each head. scale: a number, or (B, Lq) or (1, Lq), one for each image token.
+    out, q: (B, Lq, H, D). k_id, v_id: (B, L, H, D), or (1, L, H, D) for all pictures, in the dtype of q, or float8_e4m3fn
+    with k_scale and v_scale (H,), the values that one stands for in each head. scale: a number, or (B, Lq) or (1, Lq), one
+    for each image token.
     implementation: overrides OMNIID_KERNELS. Triton takes fp32, fp16 and bf16 at D from 32 to 128 and `out` with its D
     channels side by side.
     Raises ValueError for what does not fit, for an implementation that cannot run, and where autograd would need the old
     `out`: use `add_identity_attention` in training.
     """
-    _check(out, q, k_id, v_id, scale, k_scale, v_scale)
+    k_id, v_id = _fitted(out, q, k_id, v_id, scale, k_scale, v_scale)
     differentiable = (out, q, k_id, v_id, *((scale,) if isinstance(scale, Tensor) else ()))
     if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
         raise ValueError("add_identity_attention_ has no gradient; use add_identity_attention, or torch.no_grad()")
@@ -92,7 +93,7 @@ def add_identity_attention(
 
     Arguments and errors as of `add_identity_attention_`; keys and values have the dtype of q.
     """
-    _check(out, q, k_id, v_id, scale, None, None)
+    k_id, v_id = _fitted(out, q, k_id, v_id, scale, None, None)
     chosen = pick("add_identity_attention", IMPLEMENTATIONS, device=q.device.type, wish=implementation)
     if chosen == "reference":
         return add_identity_attention_reference(out, q, k_id, v_id, scale)
@@ -146,17 +147,16 @@ def identity_tiles(
     padded = 1 << (head_dim - 1).bit_length()
     if element_size == 4:  # fp32 uses no tensor cores, and its keys fill shared memory at twice the rate
         return IdentityTiles(32, 32, 1, False, 4, 1)
-    # A tile of 128 x 256 scores beside one of 128 x 128 results spilled 248 bytes with 8 warps (sm_90a, aot).
-    wide = padded * block_k > 64 * 256
-    block_q = 64 if wide or num_queries <= 64 else 128
+    block_q = 64 if num_queries <= 64 else 128
     needed = (2 * block_k + block_q) * padded * element_size
-    if block_k > 256 or needed > SHARED_BYTES.get(capability[0], 99 << 10):
+    # 256 keys at D = 128 fit, but spill with 8 warps: 16 bytes in tiles of 64 queries, 248 in tiles of 128 (sm_90a, aot).
+    if block_k * padded > 256 * 64 or needed > SHARED_BYTES.get(capability[0], 99 << 10):
         # Keys come through L2 for every tile instead, as in any flash attention.
         return IdentityTiles(64, 64, 1, False, 4, 2)
     # One wave of programs, each with as many query tiles as that takes: keys and values are read num_sms times at most.
     query_tiles = -(-num_queries // block_q)
     groups = max(1, num_sms // (batch * num_heads))
-    return IdentityTiles(block_q, block_k, -(-query_tiles // groups), True, 8 if wide or block_q == 128 else 4, 1)
+    return IdentityTiles(block_q, block_k, -(-query_tiles // groups), True, 8 if block_q == 128 else 4, 1)
 
 
 @torch.library.custom_op("omniid::add_identity_attention_", mutates_args=("out",))
@@ -210,13 +210,14 @@ def _check_triton(out: Tensor, q: Tensor) -> None:
         )
 
 
-def _check(out, q, k_id, v_id, scale, k_scale, v_scale) -> None:
+def _fitted(out, q, k_id, v_id, scale, k_scale, v_scale) -> tuple[Tensor, Tensor]:
+    """Checks all arguments; keys and values for each of the B pictures, without a copy."""
     if q.dim() != 4 or out.shape != q.shape:
         raise ValueError(f"out and q must both be (B, Lq, H, D), got {tuple(out.shape)} and {tuple(q.shape)}")
-    fits = k_id.dim() == 4 and k_id.shape[0] == q.shape[0] and k_id.shape[2:] == q.shape[2:] and k_id.shape[1] > 0
+    fits = k_id.dim() == 4 and k_id.shape[0] in (1, q.shape[0]) and k_id.shape[2:] == q.shape[2:] and k_id.shape[1] > 0
     if not fits or v_id.shape != k_id.shape:
         raise ValueError(
-            "k_id and v_id must be (B, L, H, D) with at least one token and the B, H and D of q; "
+            "k_id and v_id must be (B, L, H, D) or (1, L, H, D) with at least one token and the B, H and D of q; "
             f"got q {tuple(q.shape)}, k_id {tuple(k_id.shape)}, v_id {tuple(v_id.shape)}"
         )
     if isinstance(scale, Tensor) and (
@@ -239,3 +240,4 @@ def _check(out, q, k_id, v_id, scale, k_scale, v_scale) -> None:
     for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
         if x is not None and x.shape != q.shape[2:3]:
             raise ValueError(f"{name} must hold one value for each of the {q.shape[2]} heads, got {tuple(x.shape)}")
+    return tuple(x.expand(q.shape[0], *x.shape[1:]) for x in (k_id, v_id))

@@ -38,6 +38,22 @@ def test_matches_float64(shape, implementation):
         torch.testing.assert_close(place.double(), exact, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference", "triton"])
+def test_one_identity_serves_all_pictures(implementation, triton_device):
+    out, q, k, v, _ = inputs(3, 5, 7, 1, 32, device=triton_device if implementation == "triton" else "cpu")
+    one = [x[:1].detach().clone().requires_grad_() for x in (k, v)]
+    shared, each = (
+        add_identity_attention(out, q, *pair, 0.7, implementation=implementation)
+        for pair in (one, [x.expand_as(k) for x in one])
+    )
+    assert torch.equal(shared, each)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), one) for x in (shared, each)), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        place = add_identity_attention_(out, q, *one, 0.7, implementation=implementation)
+    torch.testing.assert_close(place, each.detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_several_identities_are_several_calls():
     out, q, k, v, _ = inputs(1, 5, 7, 2, 32)
     both = add_identity_attention_(add_identity_attention_(out.clone(), q, k, v, 0.3), q, v, k, 0.7)
@@ -157,7 +173,7 @@ def test_wrong_inputs_are_refused(triton_device):
     ones = torch.ones(2)
     for arguments, options, words in (
         ((out[:, 1:], q, k, v), {}, r"out and q must both be \(B, Lq, H, D\)"),
-        ((out, q, k[:1], v[:1]), {}, "at least one token and the B, H and D of q"),
+        ((out, q, k[..., 1:, :], v[..., 1:, :]), {}, "at least one token and the B, H and D of q"),
         ((out, q, k[:, :0], v[:, :0]), {}, "at least one token"),
         ((out, q, k, v[:, 1:]), {}, r"v_id \(2, 6, 2, 32\)"),
         ((out, q, k, v, scale[:, 1:]), {}, r"scale must be a number, \(B, Lq\) or \(1, Lq\) for Lq = 5"),
@@ -184,11 +200,13 @@ def test_wrong_inputs_are_refused(triton_device):
 
 def test_tiles_follow_from_sizes():
     sizes = {"batch": 1, "num_queries": 4096, "num_keys": 256, "num_heads": 24, "head_dim": 128, "element_size": 2}
-    # 5 programs for each of 24 heads, of 13 tiles each: 120 of 132 multiprocessors in one wave.
-    assert identity_tiles(**sizes, capability=(9, 0)) == IdentityTiles(64, 256, 13, True, 8, 1)
+    assert identity_tiles(**sizes, capability=(9, 0)) == IdentityTiles(64, 64, 1, False, 4, 2)
+    # 5 programs for each of 24 heads, of 7 tiles each: 120 of 132 multiprocessors in one wave.
     assert identity_tiles(**sizes | {"head_dim": 64}, capability=(9, 0)) == IdentityTiles(128, 256, 7, True, 8, 1)
     assert identity_tiles(**sizes | {"num_keys": 16, "num_queries": 64}, capability=(9, 0)).num_warps == 4
-    assert not identity_tiles(**sizes, capability=(12, 0)).resident  # 99 KB do not hold the keys
+    assert not identity_tiles(
+        **sizes | {"num_keys": 128, "head_dim": 120}, capability=(12, 0)
+    ).resident  # 99 KB < 96 + 32
     assert not identity_tiles(**sizes | {"num_keys": 300}, capability=(9, 0)).resident
     assert identity_tiles(**sizes | {"element_size": 4}, capability=(9, 0)) == IdentityTiles(32, 32, 1, False, 4, 1)
     assert identity_tiles(**sizes, capability=None) == IdentityTiles(128, 256, 1, True, 4, 1)
