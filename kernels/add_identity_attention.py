@@ -146,7 +146,7 @@ def identity_tiles(
     block_q = 64 if num_queries <= 64 else 128
     # 256 keys at D = 128 fit, but spill with 8 warps: 16 bytes in tiles of 64 queries, 248 in tiles of 128 (sm_90a, aot).
     # Half as many, with 128 queries, take 96 KB: less than the 99 KB of the smallest chip that aot compiles for.
-    if block_k * padded > 256 * 64:
+    if block_k > 256 or block_k * padded > 256 * 64:
         # Keys come through L2 for every tile instead, as in any flash attention.
         return IdentityTiles(64, 64, 1, False, 4, 2)
     # One wave of programs, each with as many query tiles as that takes: keys and values are read num_sms times at most.
