@@ -89,7 +89,11 @@ class IdentityAdapter(nn.Module):
         if tokens.dim() != 3 or tokens.shape[-1] != self.width:
             raise ValueError(f"identity tokens must be (B, L, {self.width}), got {tuple(tokens.shape)}")
         shape = (*tokens.shape[:2], self.num_heads, self.head_dim)
-        keys = [norm(to_k(tokens).view(shape)) for to_k, norm in zip(self.to_k_id, self.norm_k_id, strict=True)]
+        keys = [
+            # Autocast gives bf16 keys; the norm, whose weight is not cast, runs in the weight's precision.
+            norm(to_k(tokens).view(shape).to(norm.weight.dtype))
+            for to_k, norm in zip(self.to_k_id, self.norm_k_id, strict=True)
+        ]
         values = [to_v(tokens).view(shape) for to_v in self.to_v_id]
         return IdentityKV(torch.stack(keys), torch.stack(values))
 
