@@ -34,7 +34,10 @@ def run_demo(folder: str | Path, weights: str | Path = "mini", say: Callable[[st
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     source = weights_folder(weights)
-    encoder, decoder, generator = load_encoder(source), load_decoder(source), load_generator(source)
+    encoder, decoder = load_encoder(source), load_decoder(source)
+    has_adapter = (source / "adapter.safetensors").is_file()
+    if not has_adapter:
+        say("these weights hold no identity adapter: nothing is generated; train one with: omniid train flow")
     say("drawing the contact sheet")
     people = unseen_people(NUM_SHOWN, NUM_INPUTS, 1, encoder.tower_config.image_size)
     visible = decoder.draw_visible(NUM_SHOWN, 1, torch.Generator().manual_seed(0))
@@ -47,7 +50,8 @@ def run_demo(folder: str | Path, weights: str | Path = "mini", say: Callable[[st
         "5 % of it": _pictures(hide_masked(people.targets, visible, decoder.config.patch_size)[:, 0]),
         "redrawn from code + 5 %": _pictures(drawn[:, 0]),
     }
-    for prompt in PROMPTS:
+    generator = load_generator(source) if has_adapter else None
+    for prompt in PROMPTS if generator else ():
         columns[f"generated: {prompt}"] = [
             generator.generate(identity, prompt, seed=index)[0]
             for index, identity in enumerate(identities_of(encoder, codes, NUM_INPUTS))
