@@ -34,9 +34,9 @@ class RunResult:
     """What a run ended with."""
 
     step: int
-    """Steps done since the start of the run, earlier sessions included."""
+    """Steps done since the start of the run, earlier runs included."""
     losses: list[float]
-    """Training losses of the steps done in this session."""
+    """Training losses of the steps done by this call."""
     validation_loss: float | None
     interrupted: bool
     bad_records: int
