@@ -1,9 +1,8 @@
 """Attention between dense batches: out = softmax(q k^T * scale) v.
 
 Two forms of one operation. PyTorch's fused attention is the right call on GPUs and for inference. On CPUs its backward is
-two to four times slower than plain matrix products at this project's lengths (bf16, one AVX-512 core, 64 x 3 heads x
-256 x 256 x 64: 46 + 107 ms against 26 + 46 ms; printed again by benchmarks/bench_dense_attention.py), so training on a
-CPU takes the products.
+slow at this project's lengths: forward and backward take 1.8 to 6.5 times as long as plain matrix products (bf16, two
+AVX-512 cores; benchmarks/bench_dense_attention.py and its report), so training on a CPU takes the products.
 Shapes: B batch, Lq queries, Lk keys, H heads, D head size.
 """
 
