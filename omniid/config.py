@@ -177,8 +177,8 @@ class StageConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
     ema_decay: float = 0.999
-    precision: str = "bf16"
-    """fp32, or bf16 for autocast."""
+    precision: str = "auto"
+    """fp32, bf16 for autocast, or auto: bf16 where the device multiplies it in hardware."""
     timestep_sampling: str = "uniform"
     """Flow matching only: uniform (paper) or logit_normal."""
     encoder_lr_scale: float = 1.0
@@ -199,7 +199,9 @@ class StageConfig:
     def __post_init__(self) -> None:
         low, high = self.num_inputs
         _require(1 <= low <= high, f"num_inputs must be a range like [1, 3], got {list(self.num_inputs)}")
-        _require(self.precision in ("fp32", "bf16"), f"precision must be fp32 or bf16, got {self.precision!r}")
+        _require(
+            self.precision in ("auto", "fp32", "bf16"), f"precision must be auto, fp32 or bf16, got {self.precision!r}"
+        )
         _require(
             self.timestep_sampling in ("uniform", "logit_normal"),
             f"timestep_sampling must be uniform or logit_normal, got {self.timestep_sampling!r}",

@@ -45,7 +45,7 @@ def test_targets_keep_enough_tokens_to_read_the_pose():
         ("train.mtd.steps=0", "steps must be at least 1"),
         ("train.mtd.num_inputs=[3, 1]", "num_inputs must be a range"),
         ("train.mtd.num_inputs=3", "must be a list of 2"),
-        ("train.mtd.precision=fp16", "precision must be fp32 or bf16"),
+        ("train.mtd.precision=fp16", "precision must be auto, fp32 or bf16"),
         ("tower.patch_size=17", "not a multiple of tower.patch_size"),
         ("decoder.mask_ratio=1.0", "mask_ratio must lie between"),
         ("encoder.num_heads=5", "not a multiple of encoder.num_heads"),

@@ -22,9 +22,11 @@ from omniid.errors import OmniIDError
 from omniid.files import atomic_path
 from omniid.kernels.dense_attention import dense_attention
 from omniid.kernels.varlen_cross_attention import varlen_cross_attention
-from omniid.models.transformer import CrossBlock, SelfBlock, init_linear
+from omniid.models.transformer import CrossBlock, SelfBlock, init_linear, sincos_positions
 
 ATTENTION = "omniid"
+QUERY_DEVIATION = 0.5
+"""Standard deviation of the queries' start. Not stated in the paper."""
 
 
 def _tower_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **unused):
@@ -46,7 +48,8 @@ class OmniIDEncoder(nn.Module):
         self.tower_config, self.config, self.preset_name = tower, encoder, preset_name
         self._fingerprint: tuple[tuple, str] | None = None
         self.tower = build_tower(tower)
-        self.queries = nn.Parameter(torch.randn(encoder.num_queries, encoder.width) * 0.02)
+        # Large enough to keep the rows of a code apart after the first block has added what all queries read.
+        self.queries = nn.Parameter(torch.randn(encoder.num_queries, encoder.width) * QUERY_DEVIATION)
         self.cross_blocks = nn.ModuleList(
             CrossBlock(encoder.width, tower.width, encoder.num_heads, encoder.mlp_ratio)
             for _ in range(encoder.num_cross_blocks)
@@ -78,7 +81,7 @@ class OmniIDEncoder(nn.Module):
                 f"images must be (N, 3, {size}, {size}), got {tuple(images.shape)}; check tower.image_size"
             )
         hidden = self.tower(images * self.image_gain + self.image_shift).last_hidden_state
-        return _post_layernorm(self.tower)(hidden)
+        return _vision_model(self.tower).post_layernorm(hidden)
 
     def combine(self, photo_tokens: Tensor, cu_images: Tensor) -> Tensor:
         """Codes (B, L, C) from the tokens (N, L_x, C_tower) of packed photos; identity b owns photos cu_images[b:b+2]."""
@@ -173,8 +176,12 @@ class OmniIDEncoder(nn.Module):
 
 
 def build_tower(config: TowerConfig) -> CLIPVisionModel:
-    """A CLIP vision tower with random weights of the given sizes."""
-    return CLIPVisionModel(
+    """A CLIP vision tower of the given sizes, at a start from which it learns without CLIP's pre-training.
+
+    CLIP's own start needs a large corpus: positions a tenth as large as the patches' content, and attention that is flat
+    for many thousand steps. Here all weights are Xavier's and positions a sine-cosine table, as in MAE.
+    """
+    tower = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=config.width,
             intermediate_size=config.mlp_dim,
@@ -186,6 +193,12 @@ def build_tower(config: TowerConfig) -> CLIPVisionModel:
             attn_implementation=ATTENTION,
         )
     )
+    embeddings = _vision_model(tower).embeddings
+    tower.apply(init_linear)
+    nn.init.xavier_uniform_(embeddings.patch_embedding.weight.data.flatten(1))
+    positions = sincos_positions(config.image_size // config.patch_size, config.width)
+    embeddings.position_embedding.weight.data.copy_(torch.cat([torch.zeros(1, config.width), positions]))
+    return tower
 
 
 def load_encoder(source: str | Path = "mini") -> OmniIDEncoder:
@@ -233,6 +246,6 @@ def load_weights(module: nn.Module, path: str | Path) -> dict:
     return metadata
 
 
-def _post_layernorm(tower: CLIPVisionModel) -> nn.Module:
+def _vision_model(tower: CLIPVisionModel) -> nn.Module:
     # transformers moved the tower's parts up one level between releases.
-    return getattr(tower, "vision_model", tower).post_layernorm
+    return getattr(tower, "vision_model", tower)

@@ -13,7 +13,7 @@ from omniid.config import DecoderConfig, EncoderConfig
 from omniid.kernels.dense_attention import dense_attention
 from omniid.kernels.masked_rows import pick_rows, spread_rows
 from omniid.kernels.patch_l1 import patch_l1, patch_l1_reference
-from omniid.models.transformer import CrossBlock, SelfBlock, init_linear
+from omniid.models.transformer import CrossBlock, SelfBlock, init_linear, sincos_positions
 
 
 class MaskedDecoder(nn.Module):
@@ -132,13 +132,3 @@ def unpatchify(patches: Tensor, size: int, image_size: int) -> Tensor:
     grid = image_size // size
     x = patches.unflatten(2, (grid, grid)).unflatten(-1, (3, size, size))  # (B, T, gy, gx, 3, s, s)
     return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(*patches.shape[:2], 3, image_size, image_size)
-
-
-def sincos_positions(grid: int, width: int) -> Tensor:
-    """2-D sine-cosine position table (grid^2, width), as MAE uses; a learnable start, not a constant here."""
-    if width % 4:
-        raise ValueError(f"decoder.width must be a multiple of 4 for 2-D positions, got {width}")
-    frequency = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    angles = [axis.reshape(-1, 1).double() * frequency for axis in (x, y)]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()

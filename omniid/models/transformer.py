@@ -4,6 +4,7 @@ The paper does not state the blocks' internals; these are the usual ones (pre-no
 Shapes: B batch, N tokens, S context tokens, C width, H heads, D head size.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -89,8 +90,21 @@ class SelfBlock(nn.Module):
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights (std 0.02) and zero biases, as ViT and MAE do; for use with `Module.apply`."""
+    """Xavier weights and zero biases, as MAE does; for use with `Module.apply`.
+
+    At small widths a fixed deviation of 0.02 leaves attention flat: every query then averages all tokens.
+    """
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def sincos_positions(grid: int, width: int) -> Tensor:
+    """2-D sine-cosine position table (grid^2, width), as MAE uses; a learnable start, not a constant here."""
+    if width % 4:
+        raise ValueError(f"width must be a multiple of 4 for 2-D positions, got {width}")
+    frequency = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = [axis.reshape(-1, 1).double() * frequency for axis in (x, y)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()

@@ -34,21 +34,29 @@ class FlowStage:
         self.model = nn.ModuleDict({"encoder": self.encoder, "adapter": self.adapter})
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        images = batch.targets.flatten(0, 1)
+        images, state = batch.targets.flatten(0, 1), generator.get_state()
         self._move_to(images.device)
         with torch.no_grad():
             latents = encode_images(self.vae, images)
-        kv = self.adapter.project(self.encoder(batch.inputs, batch.cu_inputs))
-        kv = kv.repeat(batch.targets.shape[1])  # every target of a person gets that person's tokens
-        text = self.text.expand(len(images))
-        guidance = torch.full((len(images),), GUIDANCE, device=images.device)
+        codes = self.encoder(batch.inputs, batch.cu_inputs)
+        error = self._error(codes, latents, generator)
+        if self.model.training:
+            return error, {}
+        again = torch.Generator().set_state(state)  # the same noise for the next person's code
+        return error, {"identity_gap": self._error(codes.roll(1, dims=0), latents, again) / error}
+
+    def _error(self, codes: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """Eq. 7 for latents (B * T, C, h, w) of T targets of each of the B people in codes (B, L, C)."""
+        # Every target of a person gets that person's tokens.
+        kv = self.adapter.project(codes).repeat(len(latents) // len(codes))
+        text = self.text.expand(len(latents))
+        guidance = torch.full((len(latents),), GUIDANCE, device=latents.device)
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
             return predict_velocity(self.transformer, noisy, time, text, guidance)
 
         with attach_identities(self.transformer, [IdentityUse(kv)], for_training=True):
-            error = flow_matching_loss(velocity, latents, self.config.timestep_sampling, generator)
-        return error.mean(), {}
+            return flow_matching_loss(velocity, latents, self.config.timestep_sampling, generator).mean()
 
     def learning_rate_scale(self, name: str) -> float:
         """The encoder, trained already, may move more slowly than the new adapter."""

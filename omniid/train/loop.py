@@ -21,6 +21,7 @@ from omniid.config import Preset, StageConfig, preset_to_toml
 from omniid.data.few_to_many import Batch, FewToManyBatches
 from omniid.errors import OmniIDError
 from omniid.train import checkpoint as checkpoints
+from omniid.train.precision import choose_precision
 from omniid.train.schedule import ema_decay, learning_rate
 from omniid.train.stage import Stage
 
@@ -76,10 +77,9 @@ class Trainer:
     ):
         self.stage, self.preset, self.config, self.progress = stage, preset, config, progress
         self.run_folder = Path(run_folder)
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no",
-            cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()),
-        )
+        on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+        precision = choose_precision(config.precision, on_cpu)
+        self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu)
         self.is_main = self.accelerator.is_main_process
         self.step = 0
         self.bad_records: list[str] = []
@@ -128,9 +128,10 @@ class Trainer:
                 if self.step % config.log_every == 0 or last:
                     scalars(row | {"steps_per_second": rate}, self.step)
                 if self.step % config.sample_every == 0 or last:
-                    validation_loss = self._validate()
-                    row["validation_loss"] = validation_loss
-                    scalars({"validation_loss": validation_loss}, self.step)
+                    validation = self._validate()
+                    validation_loss = validation["validation_loss"]
+                    row |= validation
+                    scalars(validation, self.step)
                 self._log(row)
                 if self.step % config.save_every == 0 or last or stop.is_set:
                     self.save()
@@ -204,17 +205,18 @@ class Trainer:
             (folder / "preset.toml").write_text(preset_to_toml(self.preset), encoding="utf-8")
 
     @torch.no_grad()
-    def _validate(self) -> float:
-        """Loss and sample grid on held-out identities with averaged weights and fixed noise."""
+    def _validate(self) -> dict[str, float]:
+        """Loss, the stage's further numbers and a sample grid, on held-out people with averaged weights and fixed noise."""
         batch = self.validation.to_device(self.accelerator.device)
         with self.averaged_weights(), self.accelerator.autocast():
             self.stage.model.eval()
-            loss, _ = self.stage.loss(batch, self._generator(0))
-            loss = self.accelerator.gather(loss.detach().reshape(1)).mean().item()
+            loss, numbers = self.stage.loss(batch, self._generator(0))
+            numbers = {f"validation_{name}": value for name, value in {"loss": loss, **numbers}.items()}
+            numbers = {k: self.accelerator.gather(v.detach().reshape(1)).mean().item() for k, v in numbers.items()}
             if self.is_main:
                 grid = self.stage.sample(batch, self._generator(0)).float()
                 _write_grid(grid[:8], self.run_folder / "samples" / f"step-{self.step:08d}.png")
-        return loss
+        return numbers
 
     def _generator(self, step: int) -> torch.Generator:
         seed = (self.config.seed << 40) + (step << 8) + self.accelerator.process_index

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from omniid.config import Preset
 from omniid.data.few_to_many import Batch
+from omniid.evaluate.reconstruction import colour_free
+from omniid.losses import masked_l1
 from omniid.models.encoder import OmniIDEncoder, save_weights
 from omniid.models.masked_decoder import MaskedDecoder, patchify, unpatchify
 
@@ -24,7 +26,25 @@ class MTDStage:
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         visible = self.decoder.draw_visible(*batch.targets.shape[:2], generator).to(batch.targets.device)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
-        return self.decoder.loss(codes, batch.targets, batch.masks, visible), {}
+        error = self.decoder.loss(codes, batch.targets, batch.masks, visible)
+        return error, {} if self.model.training else self._identity(codes, batch, visible)
+
+    def _identity(self, codes: Tensor, batch: Batch, visible: Tensor) -> dict[str, Tensor]:
+        """What validation logs beside the loss: whether codes tell people apart.
+
+        `identity_gap`: error with the next person's code over that with the right one; `colour_free_gap`: the same after
+        removing tone and contrast; `code_spread`: standard deviation of a code over people beside that over all values.
+        """
+
+        def errors(codes: Tensor) -> tuple[Tensor, Tensor]:
+            drawn = self.decoder.predict(codes, batch.targets, visible).float()
+            plain = masked_l1(drawn, batch.targets, batch.masks)
+            free = (colour_free(images, batch.masks) for images in (drawn, batch.targets))
+            return plain.mean(), masked_l1(*free, batch.masks).mean()
+
+        (own, own_free), (other, other_free) = errors(codes), errors(codes.roll(1, dims=0))
+        spread = codes.std(dim=0).mean() / codes.std() if len(codes) > 1 else codes.new_zeros(())
+        return {"identity_gap": other / own, "colour_free_gap": other_free / own_free, "code_spread": spread}
 
     @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
