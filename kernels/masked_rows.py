@@ -6,19 +6,22 @@
 
 Before the first self-attention a masked patch holds the same row for all targets of an identity, so N masked and T V
 visible rows stand for T N; `spread_rows` lays them out. After the last attention only rows that meet a face count;
-`pick_rows` takes them. The native forms write each output row once; the gradient of `spread_rows` sums over targets in
-ascending order, in fp32, and reads what it is given once. Rows of (H, D) come out head by head in memory, the order in
-which attention's matrix products take them without a copy.
+`pick_rows` takes them. The native and Triton forms write each output row once; the gradient of `spread_rows` sums over
+targets in ascending order, in fp32, and reads what it is given once. Rows of (H, D) come out head by head in memory, the
+order in which attention's matrix products take them without a copy. `auto` takes the reference on a GPU until a report
+under benchmarks/results shows Triton faster there.
 Shapes: B identities, T targets of each, N patches, V visible patches of a target, S samples, I picked rows, F features.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ._launch import pick
 from ._native_library import call_native
+from .varlen_cross_attention import chip_of
 
 
 def spread_rows_reference(rows: Tensor, visible: Tensor, num_targets: int, num_patches: int) -> Tensor:
@@ -44,12 +47,16 @@ def spread_rows(rows: Tensor, visible: Tensor, num_targets: int, num_patches: in
 
     The first N rows are the masked patches, equal for all targets; the others replace them where a target's patch is
     visible (B, T, V) int64, distinct within a target. The gradient is deterministic. fp32 and bf16 on a CPU run
-    natively where the library is built; other dtypes (float64 among them) and devices take the reference.
-    Raises ValueError for shapes or indices that do not fit.
+    natively where the library is built; other dtypes (float64 among them) and devices take the reference. Triton takes
+    floating dtypes, and trusts indices that lie on a GPU: to check them there would stall it.
+    Raises ValueError for shapes or indices that do not fit and for an implementation that cannot run.
     """
     _check_spread(rows, visible, num_targets, num_patches)
-    if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16) and _native_runs():
-        return _spread(rows, visible, num_targets, num_patches)
+    chosen = _chosen(rows.device.type)
+    if chosen == "triton" and not rows.is_floating_point():
+        raise ValueError(f"spread_rows in Triton takes floating dtypes, got {rows.dtype}; use OMNIID_KERNELS=auto")
+    if chosen == "triton" or (chosen == "native" and rows.dtype in (torch.float32, torch.bfloat16)):
+        return _spread(rows, visible, num_targets, num_patches, chosen)
     return spread_rows_reference(rows, visible, num_targets, num_patches)
 
 
@@ -57,7 +64,8 @@ def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (S, I) int64, distinct within a sample, of rows (S, N, ...): (S, I, ...).
 
     Any dtype runs natively on a CPU where the library is built, for nothing is computed; other devices take the
-    reference. Raises ValueError for shapes or indices that do not fit.
+    reference. Triton takes dtypes of up to 8 bytes, and trusts indices that lie on a GPU.
+    Raises ValueError for shapes or indices that do not fit and for an implementation that cannot run.
     """
     if rows.dim() < 2 or index.dim() != 2 or len(index) != len(rows) or index.dtype != torch.int64:
         raise ValueError(
@@ -65,9 +73,29 @@ def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
             f"got rows {tuple(rows.shape)}, index {tuple(index.shape)} {index.dtype}"
         )
     _check_devices(rows, index, "index")
-    if rows.device.type == "cpu" and _native_runs():
-        return _pick(rows, index)
-    return pick_rows_reference(rows, index)
+    chosen = _chosen(rows.device.type)
+    if chosen == "triton" and rows.element_size() > 8:
+        raise ValueError(f"pick_rows in Triton takes up to 8 bytes a value, got {rows.dtype}; use OMNIID_KERNELS=auto")
+    return pick_rows_reference(rows, index) if chosen == "reference" else _pick(rows, index, chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class MovementTiles:
+    """How the Triton kernels cut their work: output rows and features of a program, its warps."""
+
+    block_rows: int
+    block_features: int
+    num_warps: int
+
+
+def movement_tiles(*, num_rows: int, num_features: int, capability: tuple[int, int] | None) -> MovementTiles:
+    """Tiles that move num_rows rows of a sample; capability None is the interpreter."""
+    width = 1 << max(num_features - 1, 1).bit_length()
+    if capability is None:  # a step takes 5 ms whatever its size: few and large ones
+        return MovementTiles(min(256, 1 << max(num_rows - 1, 1).bit_length()), min(width, 1024), 4)
+    # Memory decides: 4096 values a program are 32 a thread, four vectors of 16 bytes in flight in bf16.
+    width = min(width, 1024)
+    return MovementTiles(max(1, 4096 // width), width, 4)
 
 
 def _check_spread(rows: Tensor, visible: Tensor, num_targets: int, num_patches: int) -> None:
@@ -91,14 +119,25 @@ def _check_devices(rows: Tensor, index: Tensor, name: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _native_runs() -> bool:
-    return pick("masked_rows", ("native", "reference"), device=None) == "native"  # no Triton form
+def _chosen(device: str) -> str:
+    return pick("masked_rows", ("native", "reference", "triton"), device=device)
+
+
+def _tiles(out: Tensor) -> MovementTiles:
+    """For `out` (A, L, ...)."""
+    return movement_tiles(num_rows=out.shape[1], num_features=math.prod(out.shape[2:]), capability=chip_of(out)[0])
 
 
 @torch.library.custom_op("omniid::spread_rows", mutates_args=())
-def _spread(rows: Tensor, visible: Tensor, num_targets: int, num_patches: int) -> Tensor:
-    out = _empty_spread(rows, visible, num_targets, num_patches)
+def _spread(rows: Tensor, visible: Tensor, num_targets: int, num_patches: int, implementation: str) -> Tensor:
+    out = _empty_spread(rows, visible, num_targets, num_patches, implementation)
     rows, to = _as_heads(rows), _as_heads(out)
+    if implementation == "triton":
+        from .triton import masked_rows as kernels
+
+        _check_indices("visible", visible, num_patches)
+        kernels.move("spread", rows, visible, num_targets, to, _tiles(to))
+        return out
     status = call_native(
         "omniid_spread_rows",
         rows,
@@ -117,7 +156,7 @@ def _spread(rows: Tensor, visible: Tensor, num_targets: int, num_patches: int) -
 
 
 @_spread.register_fake
-def _empty_spread(rows: Tensor, visible: Tensor, num_targets: int, num_patches: int) -> Tensor:
+def _empty_spread(rows: Tensor, visible: Tensor, num_targets: int, num_patches: int, implementation: str) -> Tensor:
     num_samples, inner = visible.shape[0] * num_targets, rows.shape[2:]
     if len(inner) == 2:
         return rows.new_empty(num_samples, inner[0], num_patches, inner[1]).transpose(1, 2)
@@ -125,9 +164,15 @@ def _empty_spread(rows: Tensor, visible: Tensor, num_targets: int, num_patches: 
 
 
 @torch.library.custom_op("omniid::spread_rows_backward", mutates_args=())
-def _gather_spread(grad: Tensor, visible: Tensor, num_patches: int) -> Tensor:
-    out = _empty_gather(grad, visible, num_patches)
+def _gather_spread(grad: Tensor, visible: Tensor, num_patches: int, implementation: str) -> Tensor:
+    out = _empty_gather(grad, visible, num_patches, implementation)
     grad = _as_heads(grad)
+    if implementation == "triton":
+        from .triton import masked_rows as kernels
+
+        _check_indices("visible", visible, num_patches)
+        kernels.gather(grad, visible, out, _tiles(out))
+        return out
     status = call_native(
         f"omniid_spread_rows_backward_{'f32' if grad.dtype == torch.float32 else 'bf16'}",
         grad,
@@ -144,44 +189,49 @@ def _gather_spread(grad: Tensor, visible: Tensor, num_patches: int) -> Tensor:
 
 
 @_gather_spread.register_fake
-def _empty_gather(grad: Tensor, visible: Tensor, num_patches: int) -> Tensor:
+def _empty_gather(grad: Tensor, visible: Tensor, num_patches: int, implementation: str) -> Tensor:
     unique_rows = num_patches + visible.shape[1] * visible.shape[2]
     return grad.new_empty(visible.shape[0], unique_rows, *grad.shape[2:])
 
 
 @torch.library.custom_op("omniid::pick_rows", mutates_args=())
-def _pick(rows: Tensor, index: Tensor) -> Tensor:
+def _pick(rows: Tensor, index: Tensor, implementation: str) -> Tensor:
     out = rows.new_empty(*index.shape, *rows.shape[2:])
-    _move("omniid_pick_rows", rows, index, rows.shape[1], out)
+    _move("pick", rows, index, rows.shape[1], out, implementation)
     return out
 
 
 @_pick.register_fake
-def _(rows: Tensor, index: Tensor) -> Tensor:
+def _(rows: Tensor, index: Tensor, implementation: str) -> Tensor:
     return rows.new_empty(*index.shape, *rows.shape[2:])
 
 
 @torch.library.custom_op("omniid::place_rows", mutates_args=())
-def place_rows(picked: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """The reverse of `pick_rows`, CPU only: (S, num_rows, ...), zero where no index points."""
+def place_rows(picked: Tensor, index: Tensor, num_rows: int, implementation: str = "native") -> Tensor:
+    """The reverse of `pick_rows`, native or in Triton: (S, num_rows, ...), zero where no index points."""
     out = picked.new_empty(len(picked), num_rows, *picked.shape[2:])
-    _move("omniid_place_rows", picked, index, num_rows, out)
+    _move("place", picked, index, num_rows, out, implementation)
     return out
 
 
 @place_rows.register_fake
-def _(picked: Tensor, index: Tensor, num_rows: int) -> Tensor:
+def _(picked: Tensor, index: Tensor, num_rows: int, implementation: str = "native") -> Tensor:
     return picked.new_empty(len(picked), num_rows, *picked.shape[2:])
 
 
-def _move(function: str, rows: Tensor, index: Tensor, num_rows: int, out: Tensor) -> None:
+def _move(movement: str, rows: Tensor, index: Tensor, num_rows: int, out: Tensor, implementation: str) -> None:
     rows = _flat_rows(rows)
+    if implementation == "triton":
+        from .triton import masked_rows as kernels
+
+        _check_indices("index", index, num_rows)
+        kernels.move(movement, rows, index, 1, _flat_rows(out), _tiles(out))
+        return
     sample_stride, row_stride, _ = _byte_strides(rows)
     row_bytes = rows.shape[3] * rows.element_size()
     places = index.contiguous()
-    status = call_native(
-        function, rows, sample_stride, row_stride, places, len(index), num_rows, index.shape[1], row_bytes, out
-    )
+    sizes = (len(index), num_rows, index.shape[1], row_bytes)
+    status = call_native(f"omniid_{movement}_rows", rows, sample_stride, row_stride, places, *sizes, out)
     _raise_for(status, "index", num_rows)
 
 
@@ -202,6 +252,14 @@ def _byte_strides(x: Tensor) -> list[int]:
     return [stride * x.element_size() for stride in x.stride()[:3]]
 
 
+def _check_indices(name: str, index: Tensor, num_rows: int) -> None:
+    """For Triton, where they lie on a CPU."""
+    if index.is_cpu:
+        outside = bool(((index < 0) | (index >= num_rows)).any())
+        ordered = index.sort(-1).values
+        _raise_for(1 if outside else 2 if bool((ordered.diff(dim=-1) == 0).any()) else 0, name, num_rows)
+
+
 def _raise_for(status: int, name: str, num_rows: int) -> None:
     if status == 1:
         raise ValueError(f"{name} holds an index outside 0 .. {num_rows - 1}")
@@ -210,40 +268,41 @@ def _raise_for(status: int, name: str, num_rows: int) -> None:
 
 
 def _spread_context(ctx, inputs, output) -> None:
-    _, visible, ctx.num_targets, ctx.num_patches = inputs
+    _, visible, ctx.num_targets, ctx.num_patches, ctx.implementation = inputs
     ctx.save_for_backward(visible)
 
 
 def _spread_gradient(ctx, grad: Tensor):
-    return _gather_spread(grad, *ctx.saved_tensors, ctx.num_patches), None, None, None
+    return _gather_spread(grad, *ctx.saved_tensors, ctx.num_patches, ctx.implementation), None, None, None, None
 
 
 def _gather_context(ctx, inputs, output) -> None:
-    _, visible, ctx.num_patches = inputs
+    _, visible, ctx.num_patches, ctx.implementation = inputs
     ctx.save_for_backward(visible)
 
 
 def _gather_gradient(ctx, grad: Tensor):
     (visible,) = ctx.saved_tensors
-    return _spread(grad, visible, visible.shape[1], ctx.num_patches), None, None
+    return _spread(grad, visible, visible.shape[1], ctx.num_patches, ctx.implementation), None, None, None
 
 
 def _pick_context(ctx, inputs, output) -> None:
-    rows, index = inputs
+    rows, index, ctx.implementation = inputs
     ctx.num_rows = rows.shape[1]
     ctx.save_for_backward(index)
 
 
 def _pick_gradient(ctx, grad: Tensor):
-    return place_rows(grad, *ctx.saved_tensors, ctx.num_rows), None
+    return place_rows(grad, *ctx.saved_tensors, ctx.num_rows, ctx.implementation), None, None
 
 
 def _place_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[1])
+    _, index, _, ctx.implementation = inputs
+    ctx.save_for_backward(index)
 
 
 def _place_gradient(ctx, grad: Tensor):
-    return _pick(grad, *ctx.saved_tensors), None, None
+    return _pick(grad, *ctx.saved_tensors, ctx.implementation), None, None, None
 
 
 _spread.register_autograd(_spread_gradient, setup_context=_spread_context)

@@ -1,4 +1,4 @@
-"""Row movements of the masked decoder: the native form against the definition and float64, gradients, refusals."""
+"""Row movements of the masked decoder: native and Triton forms against the definition and float64, gradients, refusals."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,8 @@ import torch
 from omniid.kernels import masked_rows
 from omniid.kernels._native_library import library
 from omniid.kernels.masked_rows import (
+    MovementTiles,
+    movement_tiles,
     pick_rows,
     pick_rows_reference,
     place_rows,
@@ -28,19 +30,22 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The implementation that runs: of `request.param`, or in turn all of them."""
     if request.param == "native" and library() is None:
         pytest.skip("the native library is not built")
+    if request.param == "triton" and request.getfixturevalue("triton_device") == "cuda":
+        pytest.skip("tensors on the CPU need Triton's interpreter; test_triton_on_a_gpu runs on the GPU")
     monkeypatch.setenv("OMNIID_KERNELS", request.param)
     return request.param
 
 
-@pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    if library() is None:
-        pytest.skip("the native library is not built")
-    monkeypatch.setenv("OMNIID_KERNELS", "native")
+def implementations(*names):
+    return pytest.mark.parametrize("implementation", names, indirect=True)
+
+
+EACH, FAST = implementations("native", "triton", "reference"), implementations("native", "triton")
 
 
 def draw(shape, generator, dtype=torch.float32):
@@ -56,6 +61,7 @@ def gradient(function: Callable, rows, *rest, upstream):
     return torch.autograd.grad(function(rows, *rest), rows, upstream)[0]
 
 
+@EACH
 def test_spread_rows_places_every_row(implementation, generator):
     rows = torch.rand(2, 5 + 3 * 2, 4, generator=generator)
     visible = torch.tensor([[[0, 4], [1, 2], [2, 3]], [[3, 4], [0, 1], [0, 4]]])
@@ -68,9 +74,15 @@ def test_spread_rows_places_every_row(implementation, generator):
                 assert torch.equal(full[b, t, n], expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+# bf16 in Triton on a GPU only: its interpreter cuts bf16 instead of rounding it
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("native", torch.float32), ("native", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)],
+    ids=["native-fp32", "native-bf16", "triton-fp32", "triton-fp16"],
+    indirect=["implementation"],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_spread_rows_against_float64(native, shape, dtype, generator):
+def test_spread_rows_against_float64(implementation, shape, dtype, generator):
     rows, *rest = draw(shape, generator, dtype)
     upstream = torch.randn(spread_rows_reference(rows, *rest).shape, generator=generator).to(dtype)
     kept = rows.clone(), upstream.clone()
@@ -88,7 +100,8 @@ def test_spread_rows_against_float64(native, shape, dtype, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool], ids=str)
 @pytest.mark.parametrize("inner", [(), (1,), (3, 5), (257,)], ids=str)
-def test_pick_rows_against_the_definition(native, inner, dtype, generator):
+@FAST
+def test_pick_rows_against_the_definition(implementation, inner, dtype, generator):
     rows = torch.randn(3, 11, *inner, generator=generator).to(dtype)
     index = torch.rand(3, 11, generator=generator).argsort(-1)[:, :4]  # not contiguous
     picked = pick_rows(rows, index)
@@ -99,13 +112,15 @@ def test_pick_rows_against_the_definition(native, inner, dtype, generator):
         assert torch.equal(gradient(pick_rows, rows, index, upstream=upstream), expected)
 
 
+@EACH
 def test_empty_picks(implementation):
     assert pick_rows(torch.rand(0, 4, 2), torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 3, 2)
     assert pick_rows(torch.rand(2, 4, 2), torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 2)
 
 
 @pytest.mark.parametrize("layout", ["unaligned", "transposed", "heads first", "values apart", "repeated"])
-def test_spread_rows_of_any_layout(native, layout, generator):
+@FAST
+def test_spread_rows_of_any_layout(implementation, layout, generator):
     rows, *rest = draw((2, 3, 6, 2, (3, 8)), generator)
     upstream = torch.randn(6, 6, 3, 8, generator=generator)
     if layout == "unaligned":
@@ -125,9 +140,8 @@ def test_spread_rows_of_any_layout(native, layout, generator):
     assert torch.equal(pick_rows(flat, picks), pick_rows_reference(flat, picks))
 
 
-def test_every_value_is_written(native, monkeypatch, generator):
-    poisoned = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *size: poisoned(x, *size).fill_(torch.nan))
+@FAST
+def test_every_value_is_written(implementation, poisoned, generator):
     rows, *rest = draw((2, 3, 6, 2, (3, 8)), generator)
     spread = spread_rows(rows, *rest)
     assert spread.isfinite().all()
@@ -137,7 +151,8 @@ def test_every_value_is_written(native, monkeypatch, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_number_of_threads_changes_nothing(native, dtype, generator):
+@implementations("native")
+def test_the_number_of_threads_changes_nothing(implementation, dtype, generator):
     rows, *rest = draw((3, 4, 31, 2, (2, 33)), generator, dtype)
     upstream = torch.randn(12, 31, 2, 33, generator=generator).to(dtype)
     threads, results = torch.get_num_threads(), []
@@ -151,7 +166,8 @@ def test_the_number_of_threads_changes_nothing(native, dtype, generator):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_a_second_backward_repeats_the_first(native, generator):
+@FAST
+def test_a_second_backward_repeats_the_first(implementation, generator):
     rows, *rest = draw((2, 3, 6, 2, (5,)), generator)
     rows.requires_grad_()
     loss = spread_rows(rows, *rest).square().sum()
@@ -159,6 +175,7 @@ def test_a_second_backward_repeats_the_first(native, generator):
     assert torch.equal(torch.autograd.grad(loss, rows)[0], first)
 
 
+@implementations("native", "reference")
 def test_gradcheck(implementation, generator):
     rows, *rest = draw((2, 3, 4, 1, (2,)), generator, torch.float64)
     assert torch.autograd.gradcheck(lambda x: spread_rows(x, *rest), rows.requires_grad_())
@@ -167,7 +184,8 @@ def test_gradcheck(implementation, generator):
     assert torch.autograd.gradgradcheck(lambda x: pick_rows(x, index).square(), rows)
 
 
-def test_gradients_of_gradients(native, generator):
+@FAST
+def test_gradients_of_gradients(implementation, generator):
     rows, *rest = draw((2, 3, 4, 1, (2, 3)), generator)
     rows.requires_grad_()
     results = []
@@ -177,18 +195,21 @@ def test_gradients_of_gradients(native, generator):
     torch.testing.assert_close(*results)
 
 
-def test_registrations(native, generator):
+@FAST
+def test_registrations(implementation, generator):
     rows, visible, targets, patches = draw((2, 3, 4, 1, (2, 3)), generator)
     rows.requires_grad_()
-    torch.library.opcheck(masked_rows._spread, (rows, visible, targets, patches))
+    torch.library.opcheck(masked_rows._spread, (rows, visible, targets, patches, implementation))
     grad = torch.randn(6, 4, 2, 3, generator=generator, requires_grad=True)
-    torch.library.opcheck(masked_rows._gather_spread, (grad, visible, patches))
+    torch.library.opcheck(masked_rows._gather_spread, (grad, visible, patches, implementation))
     index = torch.tensor([[3, 0], [1, 2]])
-    torch.library.opcheck(masked_rows._pick, (rows, index))
-    torch.library.opcheck(place_rows, (grad[:2], torch.tensor([[0, 3, 1, 5], [2, 4, 3, 0]]), 6))
+    torch.library.opcheck(masked_rows._pick, (rows, index, implementation))
+    places = torch.tensor([[0, 3, 1, 5], [2, 4, 3, 0]])
+    torch.library.opcheck(place_rows, (grad[:2], places, 6, implementation))
 
 
-def test_compile_and_export(native, generator):
+@FAST
+def test_compile_and_export(implementation, generator):
     rows, visible, targets, patches = draw((2, 3, 4, 1, (2, 3)), generator)
     index = torch.arange(4).flip(0).expand(6, -1)
 
@@ -201,6 +222,43 @@ def test_compile_and_export(native, generator):
     assert torch.equal(compiled(rows, visible, index), expected)
     exported = torch.export.export(Rows(), (rows, visible, index)).module()
     assert torch.equal(exported(rows, visible, index), expected)
+
+
+@implementations("triton")
+def test_triton_refuses_what_it_cannot_take(implementation):
+    rows, index = torch.zeros(1, 4, 2), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"spread_rows in Triton takes floating dtypes, got torch.int32"):
+        spread_rows(rows.int()[:, :3], index.unsqueeze(0), num_targets=1, num_patches=2)
+    with pytest.raises(ValueError, match=r"up to 8 bytes a value, got torch.complex128"):
+        pick_rows(rows.to(torch.complex128), index)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 8, 256, 13, (16, 80)), (4, 8, 256, 13, (1280,))], ids=str)
+def test_triton_on_a_gpu(shape, dtype, triton_device, poisoned, monkeypatch, generator):
+    rows, visible, *rest = draw(shape, generator, dtype)
+    rows, visible = rows.to(triton_device), visible.to(triton_device)
+    expected = spread_rows_reference(rows, visible, *rest)
+    upstream = torch.randn(expected.shape, generator=generator).to(triton_device, dtype)
+    exact = gradient(spread_rows_reference, rows.double(), visible, *rest, upstream=upstream.double())
+    monkeypatch.setenv("OMNIID_KERNELS", "triton")
+    assert torch.equal(spread_rows(rows, visible, *rest), expected)
+    first, second = (gradient(spread_rows, rows, visible, *rest, upstream=upstream) for _ in range(2))
+    assert torch.equal(first, second)
+    assert (first.double() - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
+    index = torch.rand(expected.shape[:2], generator=generator).argsort(-1)[:, : shape[2] // 2].to(triton_device)
+    assert torch.equal(pick_rows(expected, index), pick_rows_reference(expected, index))
+    back = gradient(pick_rows, expected, index, upstream=upstream[:, : index.shape[1]])
+    assert torch.equal(back, gradient(pick_rows_reference, expected, index, upstream=upstream[:, : index.shape[1]]))
+
+
+def test_tiles_follow_from_sizes():
+    sizes = {"num_rows": 360, "num_features": 1280}
+    assert movement_tiles(**sizes, capability=(9, 0)) == MovementTiles(4, 1024, 4)
+    assert movement_tiles(**sizes | {"num_features": 192}, capability=(9, 0)) == MovementTiles(16, 256, 4)
+    assert movement_tiles(**sizes | {"num_features": 1}, capability=(9, 0)) == MovementTiles(2048, 2, 4)
+    assert movement_tiles(**sizes, capability=None) == MovementTiles(256, 1024, 4)
 
 
 def test_without_the_library_the_reference_runs(monkeypatch, generator):
@@ -224,6 +282,7 @@ def test_without_the_library_the_reference_runs(monkeypatch, generator):
         (torch.rand(2, 8, 3, device="meta"), torch.zeros(2, 2, 2, dtype=torch.int64), "visible on cpu"),
     ],
 )
+@EACH
 def test_spread_rows_refuses(implementation, rows, visible, words):
     with pytest.raises(ValueError, match=words):
         spread_rows(rows, visible, num_targets=2, num_patches=4)
@@ -232,16 +291,18 @@ def test_spread_rows_refuses(implementation, rows, visible, words):
 @pytest.mark.parametrize(
     ("places", "words"), [([0, 4], "outside 0 .. 3"), ([-1, 0], "outside 0 .. 3"), ([2, 2], "must be distinct")]
 )
-def test_wrong_indices_are_refused(native, places, words):
+@FAST
+def test_wrong_indices_are_refused(implementation, places, words):
     index = torch.tensor([[0, 1], places])
     with pytest.raises(ValueError, match=f"visible holds .*{words}"):
         spread_rows(torch.rand(2, 6, 3), index.unsqueeze(1), num_targets=1, num_patches=4)
     with pytest.raises(ValueError, match=f"visible holds .*{words}"):
-        masked_rows._gather_spread(torch.rand(2, 4, 3), index.unsqueeze(1), 4)
+        masked_rows._gather_spread(torch.rand(2, 4, 3), index.unsqueeze(1), 4, implementation)
     with pytest.raises(ValueError, match=f"index holds .*{words}"):
         pick_rows(torch.rand(2, 4, 3), index)
 
 
+@EACH
 def test_pick_rows_refuses(implementation):
     with pytest.raises(ValueError, match=r"index \(S, I\) int64"):
         pick_rows(torch.rand(2, 4, 3), torch.zeros(3, 1, dtype=torch.int64))
