@@ -32,10 +32,9 @@ def encode(photos: tuple[str, ...], output: str, preset: str, face: int | None, 
     Turns one or more photos of ONE person (files or folders) into an identity file. An existing file is replaced.
     """
     import sys
-    import warnings
     from pathlib import Path
 
-    from omniid.faces import SeveralFacesWarning, analyzer, photos_in
+    from omniid.faces import analyzer, photos_in
     from omniid.identity import IdentityFileError
 
     paths = photos_in(photos)
@@ -52,15 +51,12 @@ def encode(photos: tuple[str, ...], output: str, preset: str, face: int | None, 
     encoder = load_encoder(_weights_of(preset))
     size = encoder.tower_config.image_size
     found, crops = [], []
-    for path in tqdm(paths, desc="faces", unit="photo", disable=len(paths) < 4, leave=False):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SeveralFacesWarning)
-            one = finder.analyze(path, face=face)
+    faces = finder.find_crops(paths, size, face)
+    for one, crop in tqdm(faces, total=len(paths), desc="faces", unit="photo", disable=len(paths) < 4, leave=False):
         if one.note:
             tqdm.write(one.note, file=sys.stderr)
-        crops.append(finder.crop(one, size))
-        # The photo itself is no longer needed: a folder of camera photos would fill the memory.
-        found.append(_without_pixels(one))
+        found.append(one)
+        crops.append(crop)
     identity = encoder.encode_crops(crops, found)
     identity.save(output)
 
@@ -80,14 +76,6 @@ def _weights_of(preset: str) -> str:
     from pathlib import Path
 
     return str(Path(preset).parent) if preset.endswith(".toml") else preset
-
-
-def _without_pixels(face):
-    import dataclasses
-
-    from PIL import Image
-
-    return dataclasses.replace(face, image=Image.new("RGB", (1, 1)))
 
 
 def _summary(output: str, identity, found: list) -> dict:

@@ -1,7 +1,11 @@
 """What a face backend says about a photo, and the interface every backend has."""
 
 import abc
-from dataclasses import dataclass, field
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +53,38 @@ class FaceAnalyzer(abc.ABC):
     """Finds faces and aligns them. Instances may be shared between threads."""
 
     @abc.abstractmethod
-    def analyze(self, image: Image.Image | str | Path, face: int | None = None) -> Face:
+    def find(self, image: Image.Image | str | Path, face: int | None = None) -> Face:
         """The largest face, or number `face` counted from 0 from left to right.
 
-        Several faces without a choice give a SeveralFacesWarning. Raises FaceError for a photo that cannot be read or
+        A choice among several faces is said in the face's `note`. Raises FaceError for a photo that cannot be read or
         shows no face, or no face with that number.
         """
+
+    def analyze(self, image: Image.Image | str | Path, face: int | None = None) -> Face:
+        """`find`, with a SeveralFacesWarning where the largest of several faces was taken."""
+        found = self.find(image, face)
+        if found.note is not None:
+            warnings.warn(found.note, SeveralFacesWarning, stacklevel=2)
+        return found
+
+    def find_crops(
+        self, images: Sequence[Image.Image | str | Path], size: int, face: int | None = None
+    ) -> Iterator[tuple[Face, np.ndarray]]:
+        """For each photo, in order: its face as from `find`, and the crop as from `crop`.
+
+        Photos are worked on side by side, one a CPU. The faces hold a single pixel instead of the photo: a folder of
+        camera photos would fill the memory. Raises FaceError at the first photo that cannot be used.
+        """
+
+        def one(image: Image.Image | str | Path) -> tuple[Face, np.ndarray]:
+            found = self.find(image, face)
+            return replace(found, image=Image.new("RGB", (1, 1))), self.crop(found, size)
+
+        pool = ThreadPoolExecutor(max(1, min(len(images), os.cpu_count() or 1)))
+        try:
+            yield from pool.map(one, images)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     @abc.abstractmethod
     def descriptors(self, crops: list[np.ndarray] | np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ backend measures them.
 import importlib.util
 import math
 import threading
-import warnings
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .align import apply, similarity_to_template, warp
-from .face import Face, FaceAnalyzer, FaceError, SeveralFacesWarning
+from .face import Face, FaceAnalyzer, FaceError
 from .photo import Photo, open_photo
 
 # dlib's mean face in the unit square before padding: outer and inner corner of the person's left eye, of the right
@@ -79,12 +79,12 @@ class _Detection:
 
 
 class OfflineAnalyzer(FaceAnalyzer):
-    """dlib on the CPU. One call at a time per model: dlib's objects keep scratch memory."""
+    """dlib on the CPU. Several threads may use it: each detection has a detector, which keeps scratch memory, to itself."""
 
     def __init__(self) -> None:
         dlib, folder = _load_dlib()
         self._dlib = dlib
-        self._detector = dlib.get_frontal_face_detector()
+        self._detectors = deque([dlib.get_frontal_face_detector()])  # those not in use
         self._predictor = dlib.shape_predictor(str(folder / "shape_predictor_5_face_landmarks.dat"))
         self._recogniser_path = folder / "dlib_face_recognition_resnet_model_v1.dat"
         self._recogniser = None  # 22 MB that encoding does not need
@@ -92,7 +92,7 @@ class OfflineAnalyzer(FaceAnalyzer):
 
     # Finding -----------------------------------------------------------------------------------------------------
 
-    def analyze(self, image: Image.Image | str | Path, face: int | None = None) -> Face:
+    def find(self, image: Image.Image | str | Path, face: int | None = None) -> Face:
         photo = open_photo(image)
         gray = _Gray(photo.image)
         found = self._first_faces(gray)
@@ -106,8 +106,6 @@ class OfflineAnalyzer(FaceAnalyzer):
             )
         found.sort(key=lambda detection: detection.centre[0])
         index, note = _choose(found, face, photo.name)
-        if note is not None:
-            warnings.warn(note, SeveralFacesWarning, stacklevel=2)
         return self._describe(photo, gray, found[index], len(found), index, note)
 
     def _first_faces(self, gray: "_Gray") -> list[_Detection]:
@@ -123,8 +121,12 @@ class OfflineAnalyzer(FaceAnalyzer):
 
     def _detect(self, gray: "_Gray", view: _View) -> list[_Detection]:
         pixels, to_photo = gray.look(view)
-        with self._lock:
-            rectangles, scores, _ = self._detector.run(pixels, 0, 0.0)
+        try:
+            detector = self._detectors.pop()
+        except IndexError:  # all are at work in other threads
+            detector = self._dlib.get_frontal_face_detector()
+        rectangles, scores, _ = detector.run(pixels, 0, 0.0)
+        self._detectors.append(detector)
         found = []
         for rectangle, score in zip(rectangles, scores, strict=True):
             left, top = rectangle.left(), rectangle.top()
@@ -161,8 +163,7 @@ class OfflineAnalyzer(FaceAnalyzer):
         pixels, to_photo = gray.look(_View(max(1, round(side)), found.degrees))
         inside = apply(_invert(to_photo), found.corners)
         left, top, right, bottom = (round(float(v)) for v in (*inside.min(0), *inside.max(0)))
-        with self._lock:
-            shape = self._predictor(pixels, self._dlib.rectangle(left, top, right - 1, bottom - 1))
+        shape = self._predictor(pixels, self._dlib.rectangle(left, top, right - 1, bottom - 1))
         # dlib counts pixel centres from 0; here, as in align.py, they lie at .5.
         five = np.array([[part.x + 0.5, part.y + 0.5] for part in shape.parts()], np.float64)
         return apply(to_photo, five)

@@ -8,6 +8,7 @@ Shapes: B identities, N photos in all, M photos of one identity, L_x tokens a ph
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -142,13 +143,13 @@ class OmniIDEncoder(nn.Module):
         faces: the backend that finds faces. face: which face of each photo, left to right; None takes the largest.
         Raises FaceError naming the photo in which no face is found, OmniIDError for an empty list.
         """
-        from omniid.faces import analyzer
+        from omniid.faces import SeveralFacesWarning, analyzer
 
         if not photos:
             raise OmniIDError("no photos to encode; name at least one image file or a folder with images")
-        finder = analyzer(faces)
-        found = [finder.analyze(photo, face=face) for photo in photos]
-        crops = [finder.crop(one, self.tower_config.image_size) for one in found]
+        found, crops = zip(*analyzer(faces).find_crops(photos, self.tower_config.image_size, face), strict=True)
+        for note in (one.note for one in found if one.note is not None):
+            warnings.warn(note, SeveralFacesWarning, stacklevel=2)
         return self.encode_crops(crops, found)
 
     @torch.inference_mode()

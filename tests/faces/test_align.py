@@ -73,6 +73,14 @@ def test_a_marked_point_goes_where_the_matrix_says() -> None:
     np.testing.assert_allclose(centre, apply(matrix, source), atol=0.15)
 
 
+def test_a_small_face_of_a_large_photo_does_not_depend_on_what_is_far_from_it() -> None:
+    image = np.random.default_rng(1).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    matrix = np.array([[0.3, 0.05, -40.0], [-0.05, 0.3, -15.0]])
+    other = np.full_like(image, 7)
+    other[50:272, 75:300] = image[50:272, 75:300]
+    np.testing.assert_array_equal(warp(other, matrix, 48), warp(image, matrix, 48))
+
+
 @pytest.mark.parametrize("factor", [2.0, 5.3, 16.0])
 def test_fine_stripes_become_grey_not_aliases(factor: float) -> None:
     stripes = np.zeros((256, 256), np.uint8)

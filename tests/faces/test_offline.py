@@ -190,6 +190,25 @@ def test_threads_share_one_analyzer(finder):
     np.testing.assert_array_equal(together[6:], alone)
 
 
+@needs_photos
+def test_crops_of_many_photos_come_in_order_and_without_the_photos(finder, london):
+    paths = sorted((DATA / "london").glob("00*_*.jpg"))
+    found = list(finder.find_crops(paths, 128))
+    assert [face.name for face, _ in found] == [london[path.stem][0].name for path in paths]
+    for path, (face, crop) in zip(paths, found, strict=True):
+        np.testing.assert_array_equal(crop, london[path.stem][1])
+        assert face.image.size == (1, 1)
+
+
+@needs_photos
+def test_the_first_unusable_photo_of_many_is_named(finder, tmp_path):
+    paths = sorted((DATA / "london").glob("00*_neutral.jpg"))[:2]
+    Image.new("RGB", (64, 64)).save(tmp_path / "wall.png")
+    with pytest.raises(FaceError, match=r"no face found in .*wall\.png"):
+        list(finder.find_crops([paths[0], tmp_path / "wall.png", paths[1], "missing.jpg"], 64))
+    assert not list(finder.find_crops([], 64))
+
+
 @pytest.mark.parametrize("kind", ["plain", "noise"])
 def test_a_photo_without_a_face_is_refused(finder, tmp_path, kind):
     pixels = np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8)
