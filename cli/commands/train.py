@@ -29,6 +29,11 @@ def _stage_options(function):
             type=click.Path(file_okay=False),
             help="Weights folder that earlier stages exported and this one adds to; default RUN/weights.",
         ),
+        click.option(
+            "--from",
+            "start_from",
+            help="Weights folder or preset whose trained parts a new run starts with, instead of random ones.",
+        ),
         click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint in RUN."),
         click.option(
             "--set",
@@ -72,7 +77,9 @@ def flow(**options) -> None:
     _run("flow", **options)
 
 
-def _run(name, preset, data_folder, run_folder, weights_folder, resume, overrides, device, quiet, as_json) -> None:
+def _run(
+    name, preset, data_folder, run_folder, weights_folder, start_from, resume, overrides, device, quiet, as_json
+) -> None:
     from omniid.train.run import run_stage
 
     result = run_stage(
@@ -81,6 +88,7 @@ def _run(name, preset, data_folder, run_folder, weights_folder, resume, override
         data_folder,
         run_folder,
         weights=weights_folder,
+        start_from=start_from,
         resume=resume,
         overrides=overrides,
         device=device,

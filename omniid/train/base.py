@@ -32,6 +32,9 @@ GUIDANCE_RANGE = (1.0, 6.0)
 range, independent of the picture, and the model learns to give the same answer for every value a user may ask for."""
 ODD_WORD_SHARE = 0.15
 """Share of captions into which a word of random letters is put, so that words no caption has do little harm."""
+SHORT_SHARE = 0.3
+"""Share of captions of which only some phrases are kept: whoever says little wants a good picture too, and the flow stage
+says no more than "photo of a person."."""
 
 
 class AutoencoderStage:
@@ -224,10 +227,12 @@ def reconstruction_error(decoded: Tensor, images: Tensor) -> Tensor:
 
 
 def vary_captions(captions: list[str], dropout: float, generator: torch.Generator) -> list[str]:
-    """Captions with a share `dropout` of them empty and `ODD_WORD_SHARE` of them with a word of random letters."""
-    draws = torch.rand(len(captions), 2, generator=generator).tolist()
+    """Captions of which a share `dropout` is empty, `SHORT_SHARE` shortened, and `ODD_WORD_SHARE` has an odd word in it."""
+    draws = torch.rand(len(captions), 3, generator=generator).tolist()
     varied = []
-    for caption, (drop, odd) in zip(captions, draws, strict=True):
+    for caption, (drop, short, odd) in zip(captions, draws, strict=True):
+        if short < SHORT_SHARE:
+            caption = shortened(caption, generator)
         if odd < ODD_WORD_SHARE:
             words = caption.split()
             letters = torch.randint(26, (int(torch.randint(3, 8, (), generator=generator)),), generator=generator)
@@ -236,3 +241,14 @@ def vary_captions(captions: list[str], dropout: float, generator: torch.Generato
             caption = " ".join(words)
         varied.append("" if drop < dropout else caption)
     return varied
+
+
+def shortened(caption: str, generator: torch.Generator) -> str:
+    """What a user might say instead: each phrase with even chance, after the opening; at times nothing more."""
+    first, *phrases = caption.split(", ")
+    opening, has, traits = first.partition(" with ")
+    keep = torch.rand(len(phrases) + 1, generator=generator)
+    keep = (keep < 0.5 * torch.randint(2, (), generator=generator)).tolist()
+    parts = [opening + has + traits if keep[0] else opening]
+    parts += [phrase for phrase, kept in zip(phrases, keep[1:], strict=True) if kept]
+    return ", ".join(parts) + "." * int(torch.randint(2, (), generator=generator))

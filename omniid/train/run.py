@@ -7,7 +7,10 @@ import torch
 
 from omniid.config import load_preset
 from omniid.data.records import open_records
+from omniid.models.encoder import load_weights
+from omniid.models.identity_adapter import IdentityAdapter
 from omniid.train.loop import RunResult, Trainer
+from omniid.weights import weights_folder
 
 
 def run_stage(
@@ -17,6 +20,7 @@ def run_stage(
     run_folder: str | Path,
     *,
     weights: str | Path | None = None,
+    start_from: str | Path | None = None,
     resume: bool = False,
     overrides: Sequence[str] = (),
     device: str = "auto",
@@ -26,6 +30,9 @@ def run_stage(
 
     The folder `weights` (default `run_folder/weights`) is where `flow` finds the encoder that `mtd` exported and the
     base that `base` exported, unless the preset names another base. An interrupted run exports nothing.
+
+    start_from: a weights folder whose trained parts a new run starts with, instead of random ones; stage `base` then
+    keeps its autoencoder and trains the rest. Raises OmniIDError where it lacks a part or has one of other sizes.
     """
     settings = load_preset(preset, overrides)
     config = getattr(settings.train, name)
@@ -33,7 +40,8 @@ def run_stage(
     rows = open_records(data, "train"), open_records(data, "validation")
     torch.manual_seed(config.seed)  # initial weights
     result = None
-    for stage, folder, stage_config in _stages(name, settings, weights, Path(run_folder), config):
+    start = weights_folder(start_from) if start_from is not None else None
+    for stage, folder, stage_config in _stages(name, settings, weights, Path(run_folder), config, start):
         trainer = Trainer(stage, settings, stage_config, *rows, folder, resume=resume, device=device, progress=progress)
         result = trainer.run()
         if result.interrupted:
@@ -42,21 +50,32 @@ def run_stage(
     return result
 
 
-def _stages(name, settings, weights, run_folder, config):
+def _stages(name, settings, weights, run_folder, config, start):
     """Yields (stage, run folder, config); `base` is two stages, the second needs what the first exported."""
     import dataclasses
 
     if name == "mtd":
         from omniid.train.mtd import MTDStage
 
-        yield MTDStage(settings), run_folder, config
+        stage = MTDStage(settings)
+        if start is not None:
+            load_weights(stage.encoder, start / "encoder.safetensors")
+            load_weights(stage.decoder, start / "decoder.safetensors")
+        yield stage, run_folder, config
     elif name == "flow":
         from omniid.train.flow import FlowStage
 
-        yield FlowStage(settings, weights), run_folder, config
+        stage = FlowStage(settings, weights)
+        if start is not None:
+            load_weights(stage.encoder, start / "encoder.safetensors")
+            trained = IdentityAdapter.load(start / "adapter.safetensors")
+            trained.check_base(stage.transformer)
+            stage.adapter.load_state_dict(trained.state_dict())
+        yield stage, run_folder, config
     else:
         from omniid.train.base import AutoencoderStage, BaseStage
 
-        part = dataclasses.replace(config, steps=config.autoencoder_steps)
-        yield AutoencoderStage(settings), run_folder / "autoencoder", part
-        yield BaseStage(settings, weights), run_folder / "transformer", config
+        if start is None:
+            part = dataclasses.replace(config, steps=config.autoencoder_steps)
+            yield AutoencoderStage(settings), run_folder / "autoencoder", part
+        yield BaseStage(settings, weights if start is None else start), run_folder / "transformer", config

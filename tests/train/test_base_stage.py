@@ -7,7 +7,7 @@ from omniid.config import ConfigError, load_preset
 from omniid.data.few_to_many import FewToManyBatches
 from omniid.data.records import open_records
 from omniid.models.flux import encode_images, load_base
-from omniid.train.base import AutoencoderStage, BaseStage, random_crops, vary_captions
+from omniid.train.base import AutoencoderStage, BaseStage, random_crops, shortened, vary_captions
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,18 @@ def test_captions_are_dropped_and_get_odd_words_at_the_given_rates(generator):
     varied = vary_captions(captions, 0.1, generator)
     assert varied.count("") == pytest.approx(200, abs=60)
     odd = [caption for caption in varied if len(caption.split()) == 5]
+    assert {caption.removesuffix(".") for caption in varied if caption and caption not in odd} == {captions[0]}
     assert len(odd) == pytest.approx(270, abs=70)
     assert len(set(odd)) > 0.9 * len(odd)
     assert vary_captions(captions, 1.0, generator) == [""] * 2000
+
+
+def test_shortened_captions_keep_the_opening_and_whole_phrases(generator):
+    caption = "photo of a person with short hair, a goatee and blue eyes, smiling, soft light, red background"
+    short = [shortened(caption, generator) for _ in range(400)]
+    assert all(text.startswith("photo of a person") for text in short)
+    phrases = set(caption.split(", ")) | {"photo of a person"}
+    assert all(phrase in phrases for text in short for phrase in text.removesuffix(".").split(", "))
+    bare = sum(text.removesuffix(".") == "photo of a person" for text in short)
+    assert bare == pytest.approx(200, abs=50)
+    assert sum(text.endswith(".") for text in short) == pytest.approx(200, abs=50)
