@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from harness import report, time_in_turn
+from harness import DEVICE, forced, report, time_in_turn
 
 from omniid.config import load_preset
 from omniid.kernels.masked_rows import pick_rows, pick_rows_reference, spread_rows, spread_rows_reference
@@ -17,7 +17,7 @@ def setup(preset_name: str, num_identities: int):
     preset = load_preset(preset_name)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    decoder = MaskedDecoder(preset.decoder, preset.encoder)
+    decoder = MaskedDecoder(preset.decoder, preset.encoder).to(DEVICE)
     size = preset.decoder.image_size
     codes = torch.randn(num_identities, preset.encoder.num_queries, preset.encoder.width, generator=generator)
     targets = torch.rand(num_identities, NUM_TARGETS, 3, size, size, generator=generator) * 2 - 1
@@ -25,10 +25,11 @@ def setup(preset_name: str, num_identities: int):
     masks = torch.zeros(num_identities, NUM_TARGETS, size, size, dtype=torch.bool)
     masks[..., (size - rows) // 2 : (size + rows) // 2, :] = True
     visible = decoder.draw_visible(num_identities, NUM_TARGETS, generator)
+    codes, targets, masks, visible = (x.to(DEVICE) for x in (codes, targets, masks, visible))
 
     def run(fast_rows):
         def step():
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 loss = decoder.loss(codes, targets, masks, visible, fast_rows=fast_rows)
             return torch.autograd.grad(loss, list(decoder.parameters()))
 
@@ -38,7 +39,7 @@ def setup(preset_name: str, num_identities: int):
 
 
 def setup_movement(preset_name: str, num_identities: int, movement: str):
-    """One movement by itself, forward and backward: torch's indexing, compiled, and what omniid picks."""
+    """One movement by itself, forward and backward: torch's indexing, compiled, what omniid picks, and Triton on a GPU."""
     decoder = load_preset(preset_name).decoder
     generator = torch.Generator().manual_seed(0)
     samples = num_identities * NUM_TARGETS
@@ -60,16 +61,18 @@ def setup_movement(preset_name: str, num_identities: int, movement: str):
             rows = torch.randn(num_identities, unique, *heads, generator=generator).bfloat16()
             upstream = torch.randn(samples, heads[0], patches, heads[1], generator=generator).bfloat16().transpose(1, 2)
         forms = (spread_rows_reference, spread_rows)
-    rows.requires_grad_()
+    rows = rows.to(DEVICE).requires_grad_()
+    upstream, rest = upstream.to(DEVICE), [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in rest]
 
     def run(function):
         return lambda: torch.autograd.grad(function(rows, *rest), rows, upstream)
 
-    return {"torch": run(forms[0]), "compiled": run(torch.compile(forms[0])), "omniid": run(forms[1])}
+    cases = {"torch": run(forms[0]), "compiled": run(torch.compile(forms[0])), "omniid": run(forms[1])}
+    return cases | ({"triton": run(forced("triton", forms[1]))} if DEVICE == "cuda" else {})
 
 
 rows = []
-for preset_name, num_identities in (("mini", 8), ("paper", 1)):
+for preset_name, num_identities in (("mini", 8), ("paper", 32 if DEVICE == "cuda" else 1)):
     width = dataclasses.asdict(load_preset(preset_name).decoder)["width"]
     times = time_in_turn(setup(preset_name, num_identities), rounds=5, warmup=1)
     plain, fast = times["plain"]["median_ms"], times["fast_rows"]["median_ms"]
@@ -89,7 +92,7 @@ for preset_name, num_identities in (("mini", 8), ("paper", 1)):
         rows.append(
             {"preset": preset_name, "movement": movement}
             | {f"{name} ms": t["median_ms"] for name, t in times.items()}
-            | {"torch / omniid": times["torch"]["median_ms"] / times["omniid"]["median_ms"]}
+            | {f"torch / {name}": times["torch"]["median_ms"] / times[name]["median_ms"] for name in list(times)[2:]}
         )
 report(
     "masked_rows",

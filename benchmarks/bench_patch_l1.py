@@ -1,7 +1,7 @@
-"""Output projection and masked L1: plain torch, the same compiled, and what omniid picks. Forward and backward."""
+"""Output projection and masked L1: plain torch, compiled, what omniid picks, and Triton on a GPU. Forward and backward."""
 
 import torch
-from harness import report, time_in_turn
+from harness import DEVICE, forced, report, time_in_turn
 
 from omniid.kernels.patch_l1 import patch_l1, patch_l1_reference
 
@@ -14,6 +14,8 @@ CASES = [
     (920, 1280, 588, 1.0, torch.bfloat16),
     (2048, 1280, 588, 0.45, torch.bfloat16),
 ]
+if DEVICE == "cuda":  # a batch of 32 identities, all rows and those with faces
+    CASES += [(65536, 1280, 588, 0.45, torch.bfloat16), (29491, 1280, 588, 1.0, torch.bfloat16)]
 MASK_SHARE = 0.8  # of the pixels in a patch that meets a face
 
 
@@ -21,12 +23,14 @@ def setup(case):
     """Forms over one set of inputs, and how many bytes each keeps for its backward beside its inputs."""
     rows, width, values, face_share, dtype = case
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
-    weight = (torch.randn(values, width, generator=generator) * width**-0.5).to(dtype).requires_grad_()
-    bias = torch.randn(values, generator=generator).to(dtype).requires_grad_()
+    hidden = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(values, width, generator=generator) * width**-0.5
+    bias = torch.randn(values, generator=generator)
     pixels = torch.rand(rows, values, generator=generator) * 2 - 1
     has_face = torch.rand(rows, 1, generator=generator) < face_share
-    inputs = (hidden, weight, bias, pixels, has_face & (torch.rand(rows, values, generator=generator) < MASK_SHARE))
+    mask = has_face & (torch.rand(rows, values, generator=generator) < MASK_SHARE)
+    leaves = (x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight, bias))
+    inputs = (*leaves, pixels.to(DEVICE), mask.to(DEVICE))
     given = {x.untyped_storage().data_ptr() for x in inputs}
 
     def run(function):
@@ -46,6 +50,7 @@ def setup(case):
         return sum(kept.values())
 
     forms = {"torch": patch_l1_reference, "compiled": torch.compile(patch_l1_reference), "omniid": patch_l1}
+    forms |= {"triton": forced("triton", patch_l1)} if DEVICE == "cuda" else {}
     return {name: run(form) for name, form in forms.items()}, {
         name: kept_bytes(form) for name, form in forms.items() if name != "compiled"
     }
@@ -60,8 +65,8 @@ for case in CASES:
     rows.append(
         {"R, C, P": case[:3], "face rows": case[3], "dtype": str(case[4]).removeprefix("torch.")}
         | {f"{name} ms": t for name, t in median.items()}
+        | {f"best other / {name}": min(median["torch"], median["compiled"]) / median[name] for name in list(median)[2:]}
         | {
-            "best other / omniid": min(median["torch"], median["compiled"]) / median["omniid"],
             "GFLOP/s": products / median["omniid"] / 1e6,
             "torch keeps MB": kept["torch"] / 1e6,
             "omniid keeps MB": kept["omniid"] / 1e6,

@@ -8,6 +8,7 @@ them alike: trust the ratios. Results go to stdout as a table, the last line is 
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def time_in_turn(cases: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, dict[str, float]]:
@@ -40,6 +42,23 @@ def time_in_turn(cases: dict[str, Callable[[], object]], rounds: int, warmup: in
         )
         for name, t in times.items()
     }
+
+
+def forced(implementation: str, function: Callable) -> Callable:
+    """The function under OMNIID_KERNELS=implementation."""
+
+    def run(*args, **kwargs):
+        before = os.environ.get("OMNIID_KERNELS")
+        os.environ["OMNIID_KERNELS"] = implementation
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if before is None:
+                del os.environ["OMNIID_KERNELS"]
+            else:
+                os.environ["OMNIID_KERNELS"] = before
+
+    return run
 
 
 def hardware() -> dict[str, str]:

@@ -29,6 +29,9 @@ FP32_POINTERS = {
     "token_scale_ptr",
 }
 
+MULTIPLES_OF_16 = re.compile(r"_ptr$|^[fghkoqvwxr]_s[a-z]$|^width$|^num_features$")
+"""What a launch would find: tensors, their strides and row lengths are multiples of 16, so loads are vectors."""
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:
@@ -62,13 +65,18 @@ class Row:
 
 
 def variants(capability: tuple[int, int]) -> Iterator[Variant]:
-    """Every kernel in bf16 at the head sizes of the presets (64, 80) and of FLUX (128), with the tiles that `auto` takes."""
+    """Every kernel in bf16 at the sizes of the presets and of FLUX, with the tiles that a launch on such a chip takes."""
+    yield from _varlen_variants(capability)
+    yield from _identity_variants(capability)
+    yield from _masked_rows_variants(capability)
+    yield from _patch_l1_variants(capability)
+
+
+def _varlen_variants(capability: tuple[int, int]) -> Iterator[Variant]:
     import torch
 
-    from . import add_identity_attention as identity
     from . import varlen_cross_attention as varlen
-    from .triton import add_identity_attention as identity_kernels
-    from .triton import varlen_cross_attention as varlen_kernels
+    from .triton import varlen_cross_attention as kernels
 
     dtype, element_size = torch.bfloat16, 2
     for head_dim in (64, 80, 128):
@@ -80,18 +88,18 @@ def variants(capability: tuple[int, int]) -> Iterator[Variant]:
             split = tiles.num_splits > 1
             yield Variant(
                 f"varlen_forward_{'split_' * split}d{head_dim}",
-                varlen_kernels._forward,
-                varlen_kernels.constants(head_dim, dtype, tiles, 0, False) | {"SPLITS": tiles.num_splits},
+                kernels._forward,
+                kernels.constants(head_dim, dtype, tiles, 0, False) | {"SPLITS": tiles.num_splits},
                 tiles.num_warps,
                 tiles.num_stages,
                 {"out_ptr": "*fp32"} if split else {},
             )
         tiles_q, tiles_kv = varlen.backward_tiles(head_dim=head_dim, element_size=element_size, capability=capability)
         for name, kernel, cut, scanned, pointers in (
-            ("q", varlen_kernels._backward_q, tiles_q, 0, {"dq_ptr": "*fp32"}),
-            ("kv", varlen_kernels._backward_kv, tiles_kv, 32, {}),
+            ("q", kernels._backward_q, tiles_q, 0, {"dq_ptr": "*fp32"}),
+            ("kv", kernels._backward_kv, tiles_kv, 32, {}),
         ):
-            constants = varlen_kernels.constants(head_dim, dtype, cut, scanned, False)
+            constants = kernels.constants(head_dim, dtype, cut, scanned, False)
             yield Variant(
                 f"varlen_backward_{name}_d{head_dim}", kernel, constants, cut.num_warps, cut.num_stages, pointers
             )
@@ -99,23 +107,80 @@ def variants(capability: tuple[int, int]) -> Iterator[Variant]:
         num_queries=256, num_keys=771, num_sequences=32, num_heads=16, head_dim=80, element_size=element_size,
         capability=capability,
     )  # fmt: skip
-    packed = varlen_kernels.constants(80, dtype, tiles, 32, True) | {"SPLITS": 1}
-    yield Variant("varlen_forward_packed_d80", varlen_kernels._forward, packed, tiles.num_warps, tiles.num_stages)
-    merge = varlen_kernels.merge_constants(80, 4)
-    yield Variant("varlen_merge_d80", varlen_kernels._merge, merge, 4, 1, has_products=False)
+    packed = kernels.constants(80, dtype, tiles, 32, True) | {"SPLITS": 1}
+    yield Variant("varlen_forward_packed_d80", kernels._forward, packed, tiles.num_warps, tiles.num_stages)
+    merge = kernels.merge_constants(80, 4)
+    yield Variant("varlen_merge_d80", kernels._merge, merge, 4, 1, has_products=False)
+
+
+def _identity_variants(capability: tuple[int, int]) -> Iterator[Variant]:
+    import torch
+
+    from . import add_identity_attention as identity
+    from .triton import add_identity_attention as kernels
+
     for head_dim, num_heads, num_queries in ((64, 3, 64), (128, 24, 4096)):
         tiles = identity.identity_tiles(
-            batch=1, num_queries=num_queries, num_keys=256, num_heads=num_heads, head_dim=head_dim,
-            element_size=element_size, capability=capability,
+            batch=1, num_queries=num_queries, num_keys=256, num_heads=num_heads, head_dim=head_dim, element_size=2,
+            capability=capability,
         )  # fmt: skip
         for quantized in (False, True):
             yield Variant(
                 f"identity_{'fp8_' * quantized}d{head_dim}",
-                identity_kernels._add,
-                identity_kernels.constants(head_dim, dtype, tiles, True, quantized),
+                kernels._add,
+                kernels.constants(head_dim, torch.bfloat16, tiles, True, quantized),
                 tiles.num_warps,
                 tiles.num_stages,
                 {"k_ptr": "*fp8e4nv", "v_ptr": "*fp8e4nv"} if quantized else {},
+            )
+
+
+def _masked_rows_variants(capability: tuple[int, int]) -> Iterator[Variant]:
+    from .masked_rows import movement_tiles
+    from .triton import masked_rows as kernels
+
+    for head_dim in (1280, 80):  # rows, and keys head by head
+        tiles = movement_tiles(num_rows=360, num_features=1280, capability=capability)
+        constants, pointers = kernels.constants(head_dim, 13, tiles), {"places_ptr": "*i64"}
+        bits = pointers | {"from_ptr": "*i16", "out_ptr": "*i16"}
+        for name, movement in (("spread", kernels.SPREAD), ("pick", kernels.PICK), ("place", kernels.PLACE)):
+            moved = constants | {"MOVE": movement.value}
+            yield Variant(
+                f"rows_{name}_d{head_dim}", kernels._move, moved, tiles.num_warps, 3, bits, has_products=False
+            )
+        yield Variant(
+            f"rows_gather_d{head_dim}", kernels._gather, constants, tiles.num_warps, 3, pointers, has_products=False
+        )
+
+
+def _patch_l1_variants(capability: tuple[int, int]) -> Iterator[Variant]:
+    import torch
+
+    from .patch_l1 import patch_tiles
+    from .triton import patch_l1 as kernels
+
+    integers = {"ends_ptr": "*i64", "order_ptr": "*i32", "signs_ptr": "*i8", "mask_ptr": "*u8"}
+    yield Variant("patch_order", kernels._order, {"BLOCK": 1024}, 4, 3, integers, has_products=False)
+    for dtype, name, pixels in ((torch.bfloat16, "bf16", "*fp32"), (torch.float32, "fp32", "*fp32")):
+        all_tiles = patch_tiles(
+            num_rows=65536, num_values=588, width=1280, element_size=dtype.itemsize, capability=capability
+        )
+        types = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr", "out_ptr"), f"*{name}") | integers
+        for step, kernel, tiles, extra in zip(
+            ("forward", "hidden", "weight"),
+            (kernels._forward, kernels._backward_hidden, kernels._backward_weight),
+            all_tiles,
+            ({"pixels_ptr": pixels}, {"factor_ptr": "*fp32"}, {"partial_bias_ptr": "*i32"}),
+            strict=True,
+        ):
+            yield Variant(
+                f"patch_{step}_{name}",
+                kernel,
+                kernels.constants(dtype, tiles),
+                tiles.num_warps,
+                tiles.num_stages,
+                types | extra,
+                has_products=dtype != torch.float32,  # exact products of fp32 use no tensor cores
             )
 
 
@@ -131,8 +196,7 @@ def compile_variant(variant: Variant, chip: str, folder: Path | None) -> Row:
         variant.kernel,
         {name: "constexpr" if name in variant.constants else _type_of(name, variant.pointers) for name in names},
         {(names.index(name),): value for name, value in variant.constants.items()},
-        # What a launch would find: tensors and their strides are multiples of 16, so loads are vectors.
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if re.search(r"_ptr$|^[okqv]_s[blh]$", name)},
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if MULTIPLES_OF_16.search(name)},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
