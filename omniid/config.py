@@ -159,7 +159,13 @@ class StageConfig:
 
     steps: int
     batch_identities: int
-    """Identities of a global step."""
+    """Identities of a global step, over all processes and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches of a step, one after another: less memory, the same gradient."""
+    memory: str = "auto"
+    """What the backward pass computes again instead of keeping it: none, selective, full, or auto: what fits the GPU."""
+    sharding: str = "none"
+    """none: every process holds all weights and optimizer state (DDP); fsdp2: they are spread over the processes."""
     num_targets: int = 8
     """|X^r|, photos reconstructed per identity (Eq. 3)."""
     num_inputs: tuple[int, int] = (1, 3)
@@ -206,8 +212,18 @@ class StageConfig:
             self.timestep_sampling in ("uniform", "logit_normal"),
             f"timestep_sampling must be uniform or logit_normal, got {self.timestep_sampling!r}",
         )
-        for name in ("steps", "batch_identities", "num_targets", "log_every", "save_every", "sample_every"):
+        _require(
+            self.memory in ("auto", "none", "selective", "full"),
+            f"memory must be auto, none, selective or full, got {self.memory!r}",
+        )
+        _require(self.sharding in ("none", "fsdp2"), f"sharding must be none or fsdp2, got {self.sharding!r}")
+        counts = ("steps", "batch_identities", "accumulation", "num_targets", "log_every", "save_every", "sample_every")
+        for name in counts:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            self.batch_identities % self.accumulation == 0,
+            f"batch_identities {self.batch_identities} is not a multiple of accumulation {self.accumulation}",
+        )
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

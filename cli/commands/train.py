@@ -12,14 +12,12 @@ def _stage_options(function):
         click.option(
             "--data",
             "data_folder",
-            required=True,
             type=click.Path(file_okay=False),
             help="Folder with identity records.",
         ),
         click.option(
             "--run",
             "run_folder",
-            required=True,
             type=click.Path(file_okay=False),
             help="Folder for checkpoints and logs.",
         ),
@@ -51,6 +49,35 @@ def _stage_options(function):
     return function
 
 
+GPU_NAMES = ("h200", "h100", "a100", "l40s", "rtx4090")
+
+
+def _plan_options(function):
+    options = [
+        click.option(
+            "--plan",
+            "only_plan",
+            is_flag=True,
+            help="Print parameters, FLOPs, memory, time and cost of the run, and stop. Loads nothing; needs no GPU, DATA or RUN.",
+        ),
+        click.option(
+            "--gpus", default=1, show_default=True, type=click.IntRange(1), help="With --plan: how many GPUs."
+        ),
+        click.option(
+            "--gpu", default="h200", show_default=True, type=click.Choice(GPU_NAMES), help="With --plan: which."
+        ),
+        click.option(
+            "--efficiency",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="With --plan: share of the GPU's rate for large products that a step reaches.",
+        ),
+        click.option("--price", type=click.FloatRange(0), help="With --plan: price of one GPU for an hour."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 @click.group()
 def train() -> None:
     """Train a stage, e.g. omniid train mtd --data people --run runs/mtd."""
@@ -65,21 +92,45 @@ def base(**options) -> None:
 
 @train.command()
 @_stage_options
+@_plan_options
 def mtd(**options) -> None:
     """Masked transformer decoder: encoder and decoder learn few-to-many reconstruction (Eq. 4-5)."""
-    _run("mtd", **options)
+    _plan_or_run("mtd", **options)
 
 
 @train.command()
 @_stage_options
+@_plan_options
 def flow(**options) -> None:
     """Flow matching through a frozen FLUX: encoder and identity adapter train jointly (Eq. 6-7)."""
-    _run("flow", **options)
+    _plan_or_run("flow", **options)
+
+
+def _plan_or_run(name, only_plan, gpus, gpu, efficiency, price, **options) -> None:
+    if not only_plan:
+        _run(name, **options)
+        return
+    from omniid.train.hardware import EFFICIENCY
+    from omniid.train.plan import plan_stage, plan_text
+
+    plan = plan_stage(
+        name,
+        options["preset"],
+        overrides=options["overrides"],
+        gpu=gpu,
+        num_gpus=gpus,
+        efficiency=EFFICIENCY if efficiency is None else efficiency,
+        price_per_gpu_hour=price,
+    )
+    click.echo(json.dumps(plan.to_dict()) if options["as_json"] else plan_text(plan))
 
 
 def _run(
     name, preset, data_folder, run_folder, weights_folder, start_from, resume, overrides, device, quiet, as_json
 ) -> None:
+    for option, value in (("--data", data_folder), ("--run", run_folder)):
+        if value is None:
+            raise click.UsageError(f"missing option {option!r}", click.get_current_context())
     from omniid.train.run import run_stage
 
     result = run_stage(

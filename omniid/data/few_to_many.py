@@ -29,6 +29,8 @@ class Batch:
     captions: list[list[str]]
     """T captions for each identity."""
     identity_ids: list[str]
+    places: list[int]
+    """Of each identity in the endless sequence of identities, whatever process and micro-batch it falls to."""
     skipped: list[str]
     """Identities that were damaged and replaced, with the reason."""
 
@@ -76,7 +78,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> Batch:
         first = step * self.batch_identities
         places = range(first + self.rank, first + self.batch_identities, self.world_size)
-        return self._collate([self._identity(place) for place in places])
+        return self._collate([self._identity(place) for place in places], list(places))
 
     def _identity(self, place: int) -> dict:
         """The sample at a place in the endless sequence of identities; a damaged one is replaced by its successor."""
@@ -116,7 +118,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
         return mirrored(sample) if rng.random() < self.mirror else sample
 
     @staticmethod
-    def _collate(samples: list[dict]) -> Batch:
+    def _collate(samples: list[dict], places: list[int]) -> Batch:
         counts = np.cumsum([0, *(len(one["inputs"]) for one in samples)])
         return Batch(
             inputs=torch.from_numpy(np.concatenate([one["inputs"] for one in samples])).permute(0, 3, 1, 2),
@@ -125,6 +127,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
             masks=torch.from_numpy(np.stack([one["masks"] for one in samples])),
             captions=[one["captions"] for one in samples],
             identity_ids=[one["identity_id"] for one in samples],
+            places=places,
             skipped=[text for one in samples for text in one["skipped"]],
         )
 

@@ -13,10 +13,38 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from omniid.config import BaseConfig
 from omniid.errors import OmniIDError
 
 PIXELS_PER_TOKEN = 16
 """Side of the square of pixels that one image token stands for: 8x from the autoencoder, 2x from packing."""
+
+
+FLUX_1_DEV = {
+    "transformer": {
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+        "axes_dims_rope": (16, 56, 56),
+    },
+    "vae": {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    },
+}
+"""Sizes of FLUX.1-dev, so that its costs can be told without its files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +96,31 @@ def load_base(path: str | Path, dtype: torch.dtype = torch.float32):
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def base_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
+    """Transformer and autoencoder of a preset's base on the meta device: sizes, but no values; nothing is read or fetched.
+
+    Raises OmniIDError for a base whose sizes are not known: neither FLUX.1-dev, nor in [base.sizes], nor a local folder.
+    """
+    import diffusers
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+    from omniid.models.mini_base import build_autoencoder, build_transformer
+
+    folder = Path(config.path)
+    with torch.device("meta"):
+        if config.path == "black-forest-labs/FLUX.1-dev":
+            return FluxTransformer2DModel(**FLUX_1_DEV["transformer"]), AutoencoderKL(**FLUX_1_DEV["vae"])
+        if config.sizes is not None:
+            return build_transformer(config.sizes), build_autoencoder(config.sizes)
+        if (folder / "model_index.json").is_file():
+            sizes = [FluxTransformer2DModel.load_config(folder, subfolder=name) for name in ("transformer", "vae")]
+            transformer, vae = (getattr(diffusers, one["_class_name"]).from_config(one) for one in sizes)
+            return transformer, vae
+    raise OmniIDError(
+        f"the sizes of the base {config.path!r} are not known without its files; name its folder with --set base.path=FOLDER"
+    )
 
 
 @contextlib.contextmanager

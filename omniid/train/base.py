@@ -5,6 +5,7 @@ The paper's base is FLUX.1-dev, which nobody has to train; this stage makes the 
 
 import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from omniid.models.dct_encoder import set_dct_encoder
 from omniid.models.flux import decode_latents, embed_text, encode_images, load_base, predict_velocity
 from omniid.models.identity_adapter import attach_identities
 from omniid.models.mini_base import build_base, copy_case
-from omniid.train.flow_matching import flow_matching_loss
+from omniid.train.flow_matching import draw_noise, flow_matching_loss
 
 CROP_SIZE = 64
 """The autoencoder learns from crops of this size: it is convolutional, and a step costs a quarter of whole pictures."""
@@ -41,6 +42,7 @@ class AutoencoderStage:
     """First part of stage `base`: latents of an eighth of the pictures' size by a fixed transform, a learned decoder."""
 
     name = "base"
+    needs_whole_batch = True  # latents are normalised and crops drawn over the batch
 
     def __init__(self, preset: Preset):
         from omniid.data.synthetic import CAPTION_WORDS
@@ -56,7 +58,8 @@ class AutoencoderStage:
         set_dct_encoder(self.pipeline.vae)
         self.model = StandardLatents(self.pipeline.vae)
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+        generator = generators[0]
         images = random_crops(batch.targets.flatten(0, 1), NUM_CROPS, CROP_SIZE, generator)
         latents = self.model.encode(images)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
@@ -65,6 +68,9 @@ class AutoencoderStage:
         error = reconstruction_error(decoded, images)
         psnr = -10 * ((decoded.detach().clamp(-1, 1) - images) / 2).square().mean().log10()
         return error, {"psnr": psnr}
+
+    def weight(self, batch: Batch) -> float:
+        return 1.0
 
     def learning_rate_scale(self, name: str) -> float:
         """The autoencoder bears a higher rate than the transformer whose settings it shares."""
@@ -131,6 +137,7 @@ class BaseStage:
     """Second part of stage `base`: the transformer and both text encoders learn flow matching with captions."""
 
     name = "base"
+    needs_whole_batch = True  # captions are varied over the batch
 
     def __init__(self, preset: Preset, weights: Path):
         """`weights` holds the folder `base` that `AutoencoderStage` exported; its autoencoder stays frozen."""
@@ -145,7 +152,8 @@ class BaseStage:
             }
         )
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+        generator = generators[0]
         images = batch.targets.flatten(0, 1)
         captions = [caption for of_identity in batch.captions for caption in of_identity]
         captions = vary_captions(captions, self.config.conditioning_dropout, generator)
@@ -153,6 +161,7 @@ class BaseStage:
         guidance = (low + (high - low) * torch.rand(len(images), generator=generator)).to(images.device)
         with torch.no_grad():
             latents = encode_images(self.vae.to(images.device), images)
+        time, noise = draw_noise(latents, self.config.timestep_sampling, [generator])
         text = embed_text(self.pipeline, captions, self.preset.base.max_sequence_length)
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
@@ -160,8 +169,11 @@ class BaseStage:
 
         # No identities: attached for its attention, whose backward is fast on a CPU.
         with attach_identities(self.model["transformer"], [], for_training=True):
-            error = flow_matching_loss(velocity, latents, self.config.timestep_sampling, generator)
+            error = flow_matching_loss(velocity, latents, time, noise)
         return error.mean(), {}
+
+    def weight(self, batch: Batch) -> float:
+        return 1.0
 
     @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:

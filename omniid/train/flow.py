@@ -1,5 +1,6 @@
 """Stage `flow`: the encoder and the identity adapter learn flow matching with a frozen base (Sec. 3.3; Eq. 6-7)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from omniid.data.few_to_many import Batch
 from omniid.models.encoder import OmniIDEncoder, load_weights
 from omniid.models.flux import TextEmbedding, embed_text, encode_images, load_base, predict_velocity
 from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
-from omniid.train.flow_matching import flow_matching_loss
+from omniid.train.flow_matching import draw_noise, flow_matching_loss
 
 GUIDANCE = 1.0
 """Guidance input of a distilled base while training: 1 stands for the plain velocity, which is what Eq. 7 asks for.
@@ -21,6 +22,7 @@ class FlowStage:
     """Encoder and adapter train jointly; transformer, autoencoder and text embedding are fixed."""
 
     name = "flow"
+    needs_whole_batch = False
 
     def __init__(self, preset: Preset, weights: Path):
         """`weights` holds the encoder that stage `mtd` exported, and the base if the preset says "embedded"."""
@@ -33,19 +35,23 @@ class FlowStage:
         self.adapter = IdentityAdapter.for_transformer(self.transformer, preset.encoder.width)
         self.model = nn.ModuleDict({"encoder": self.encoder, "adapter": self.adapter})
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        images, state = batch.targets.flatten(0, 1), generator.get_state()
+    def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+        images = batch.targets.flatten(0, 1)
         self._move_to(images.device)
         with torch.no_grad():
             latents = encode_images(self.vae, images)
+        time, noise = draw_noise(latents, self.config.timestep_sampling, generators)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
-        error = self._error(codes, latents, generator)
+        error = self._error(codes, latents, time, noise)
         if self.model.training:
             return error, {}
-        again = torch.Generator().set_state(state)  # the same noise for the next person's code
-        return error, {"identity_gap": self._error(codes.roll(1, dims=0), latents, again) / error}
+        return error, {"identity_gap": self._error(codes.roll(1, dims=0), latents, time, noise) / error}
 
-    def _error(self, codes: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
+    def weight(self, batch: Batch) -> float:
+        """Targets: Eq. 7 counts each alike."""
+        return float(batch.targets.shape[0] * batch.targets.shape[1])
+
+    def _error(self, codes: Tensor, latents: Tensor, time: Tensor, noise: Tensor) -> Tensor:
         """Eq. 7 for latents (B * T, C, h, w) of T targets of each of the B people in codes (B, L, C)."""
         # Every target of a person gets that person's tokens.
         kv = self.adapter.project(codes).repeat(len(latents) // len(codes))
@@ -56,7 +62,7 @@ class FlowStage:
             return predict_velocity(self.transformer, noisy, time, text, guidance)
 
         with attach_identities(self.transformer, [IdentityUse(kv)], for_training=True):
-            return flow_matching_loss(velocity, latents, self.config.timestep_sampling, generator).mean()
+            return flow_matching_loss(velocity, latents, time, noise).mean()
 
     def learning_rate_scale(self, name: str) -> float:
         """The encoder, trained already, may move more slowly than the new adapter."""

@@ -1,6 +1,6 @@
 """Conditional flow matching (Sec. 3.3; Eq. 6-7), shared by the stages `base` and `flow`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,16 +15,26 @@ def draw_times(count: int, sampling: str, generator: torch.Generator) -> Tensor:
     raise ValueError(f"timestep sampling must be uniform or logit_normal, got {sampling!r}")
 
 
+def draw_noise(targets: Tensor, sampling: str, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """t (B,) and eps as x, for targets x (B, C, h, w) of which each generator draws the same number in turn.
+
+    Drawn on the CPU, so that a run gives the same numbers on any device.
+    """
+    count = len(targets) // len(generators)
+    time, noise = [], []
+    for generator in generators:
+        time.append(draw_times(count, sampling, generator))
+        noise.append(torch.randn(count, *targets.shape[1:], generator=generator))
+    return torch.cat(time).to(targets.device), torch.cat(noise).to(targets.device)
+
+
 def flow_matching_loss(
-    velocity: Callable[[Tensor, Tensor], Tensor], targets: Tensor, sampling: str, generator: torch.Generator
+    velocity: Callable[[Tensor, Tensor], Tensor], targets: Tensor, time: Tensor, noise: Tensor
 ) -> Tensor:
     """Mean squared error per sample (B,) of `velocity(x_t, t)` against eps - x (Eq. 7).
 
-    targets: x (B, C, h, w), normalised latents. velocity: x_t (B, C, h, w) and t (B,) to (B, C, h, w).
+    targets: x (B, C, h, w), normalised latents. time: t (B,). noise: eps, as x. velocity: x_t (B, C, h, w) and t to (B, C, h, w).
     """
-    # Drawn on the CPU, so that a run gives the same numbers on any device.
-    time = draw_times(len(targets), sampling, generator).to(targets.device)
-    noise = torch.randn(targets.shape, generator=generator).to(targets.device)
     weight = time.view(-1, 1, 1, 1)
     noisy = (1 - weight) * targets + weight * noise  # Eq. 6
     error = velocity(noisy, time).float() - (noise - targets)

@@ -1,19 +1,22 @@
 """The training loop, the same for every stage and preset.
 
-Every random choice of step s comes from a generator seeded with (seed, s), and batch s is a pure function of the
-records: a run resumed from a checkpoint repeats the losses of an uninterrupted one exactly.
+Batch s is a pure function of the records, and every random choice for an identity comes from a generator seeded with its
+place in the sequence of all batches: a run resumed from a checkpoint repeats the losses of an uninterrupted one exactly,
+and neither processes nor micro-batches change them but for rounding. A step's loss is the mean over its global batch, each
+part counting as much as it weighs.
 """
 
 import contextlib
 import json
 import math
-import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,9 +24,22 @@ from omniid.config import Preset, StageConfig, preset_to_toml
 from omniid.data.few_to_many import Batch, FewToManyBatches
 from omniid.errors import OmniIDError
 from omniid.train import checkpoint as checkpoints
+from omniid.train.draws import identity_generators
+from omniid.train.optimizer import build_optimizer
 from omniid.train.precision import choose_precision
 from omniid.train.schedule import ema_decay, learning_rate
+from omniid.train.sharding import (
+    gathered,
+    gradients_shared,
+    load_whole_state,
+    shard,
+    spread_like,
+    whole,
+    whole_on_cpu,
+    whole_state,
+)
 from omniid.train.stage import Stage
+from omniid.train.stopping import Stop, stop_on_signal
 
 
 class TrainingError(OmniIDError):
@@ -51,8 +67,8 @@ class _StepModule(nn.Module):
         self.model = stage.model
         self.stage_loss = stage.loss
 
-    def forward(self, batch: Batch, generator: torch.Generator):
-        return self.stage_loss(batch, generator)
+    def forward(self, batch: Batch, generators: Sequence[torch.Generator]):
+        return self.stage_loss(batch, generators)
 
 
 class Trainer:
@@ -81,25 +97,53 @@ class Trainer:
         precision = choose_precision(config.precision, on_cpu)
         self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu)
         self.is_main = self.accelerator.is_main_process
+        self._check_split()
         self.step = 0
         self.bad_records: list[str] = []
-        parameters = [p for p in stage.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            _groups(stage, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
-        )
-        self.module, self.optimizer = self.accelerator.prepare(_StepModule(stage), self.optimizer)
-        self.parameters = parameters
-        self.ema = {name: p.detach().clone() for name, p in self._trained()}
+        """Of this process, and on the main one those of earlier runs; `num_bad` counts them over all processes."""
+        self.num_bad = 0
+        self._build()
         self._prepare_folder(resume)
         size = preset.decoder.image_size if stage.name == "mtd" else preset.base.image_size
         self.train_batches = self._batches(
-            train_rows, size, config.num_inputs, config.batch_identities, config.seed, config.steps, config.mirror
+            train_rows,
+            size,
+            config.num_inputs,
+            config.batch_identities // config.accumulation,
+            config.seed,
+            config.steps * config.accumulation,
+            config.mirror,
         )
         per_rank = self.accelerator.num_processes
         held_out = min(len(validation_rows), config.batch_identities) // per_rank * per_rank or per_rank
         n = config.num_validation_inputs
         # Another seed than training's; the same batch and the same noise at every validation.
         self.validation = self._batches(validation_rows, size, (n, n), held_out, config.seed + 1, 1)[0]
+
+    def _check_split(self) -> None:
+        config, processes = self.config, self.accelerator.num_processes
+        parts = processes * config.accumulation
+        if parts > 1 and self.stage.needs_whole_batch:
+            raise TrainingError(
+                f"stage {self.stage.name} needs its batch in one piece: start it without torchrun and with accumulation=1"
+            )
+        if config.batch_identities % parts:
+            raise TrainingError(
+                f"batch_identities {config.batch_identities} is not a multiple of {processes} processes x accumulation "
+                f"{config.accumulation}; change one of them, e.g. --set train.{self.stage.name}.batch_identities=N"
+            )
+
+    def _build(self) -> None:
+        """What is trained, spread over the processes as configured, its optimizer and its average."""
+        module = _StepModule(self.stage)
+        if self.config.sharding == "fsdp2" and self.accelerator.num_processes > 1:
+            self.module = module.to(self.accelerator.device)
+            shard(self.module, self.accelerator)
+        else:
+            self.module = self.accelerator.prepare(module)
+        self.optimizer = build_optimizer(self.stage, self.config)
+        self.trained = {name: p for name, p in self.stage.model.named_parameters() if p.requires_grad}
+        self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
 
     def run(self) -> RunResult:
         """Trains to the configured number of steps, or until SIGINT or SIGTERM, which save and return."""
@@ -113,17 +157,17 @@ class Trainer:
             disable=not (self.progress and self.is_main),
             unit="step",
         )
-        with self._stop_on_signal() as stop, self._scalars() as scalars, contextlib.closing(bar):
-            for batch in loader:
-                loss, metrics = self._train_step(batch)
+        with stop_on_signal() as stop, self._scalars() as scalars, contextlib.closing(bar):
+            for micro_batches in zip(*[iter(loader)] * config.accumulation, strict=True):
+                numbers = self._train_step(micro_batches, stop)
                 self.step += 1
-                value = loss.item()
-                losses.append(value)
-                self._note_bad_records(batch)
+                stopping = bool(numbers.pop("stop"))
+                self._note_bad_records(micro_batches, int(numbers.pop("skipped")))
+                losses.append(numbers["loss"])
                 rate = (self.step - start) / (time.monotonic() - started_at)
                 bar.update()
-                bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
-                row = {"step": self.step, "loss": value, **{k: float(v) for k, v in metrics.items()}}
+                bar.set_postfix_str(f"loss {numbers['loss']:.4f}", refresh=False)
+                row = {"step": self.step, **numbers}
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
                     scalars(row | {"steps_per_second": rate}, self.step)
@@ -133,15 +177,18 @@ class Trainer:
                     row |= validation
                     scalars(validation, self.step)
                 self._log(row)
-                if self.step % config.save_every == 0 or last or stop.is_set:
+                if self.step % config.save_every == 0 or last or stopping:
                     self.save()
-                if stop.is_set:
-                    break
-        return RunResult(self.step, losses, validation_loss, stop.is_set, len(self.bad_records))
+                if stopping:
+                    return RunResult(self.step, losses, validation_loss, True, self.num_bad)
+        return RunResult(self.step, losses, validation_loss, False, self.num_bad)
 
-    def _train_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One optimizer step; stops before it when the loss or a gradient is not finite."""
-        config = self.config
+    def _train_step(self, micro_batches: Sequence[Batch], stop: Stop) -> dict[str, float]:
+        """One optimizer step; stops before it when the loss or a gradient is not finite.
+
+        Returns the loss and further numbers over all processes; `stop`: whether any was asked to; `skipped`: damaged records.
+        """
+        config, accelerator = self.config, self.accelerator
         rate = learning_rate(
             self.step,
             lr=config.lr,
@@ -152,31 +199,56 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         self.stage.model.train()
-        with self.accelerator.autocast():
-            loss, metrics = self.module(batch.to_device(self.accelerator.device), self._generator(self.step))
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, config.grad_clip)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+        weights = [self.stage.weight(batch) for batch in micro_batches]
+        total = self._summed({"weight": sum(weights)})["weight"] or 1.0
+        sums: dict[str, Tensor] = {}
+        suspects: list[str] = []
+        for index, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
+            generators = identity_generators(config.seed, batch.places)
+            with gradients_shared(self.module, share=index == len(micro_batches) - 1):
+                with accelerator.autocast():
+                    loss, metrics = self.module(batch.to_device(accelerator.device), generators)
+                # Gradients are averaged over processes: the loss is scaled so that their mean is the global batch's.
+                accelerator.backward(loss * (weight / total * accelerator.num_processes))
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0) + value.detach() * (weight / total)
+            if not math.isfinite(loss.item()):
+                suspects += batch.identity_ids
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.trained.values(), config.grad_clip))
+        skipped = sum(len(batch.skipped) for batch in micro_batches)
+        numbers = self._summed({**sums, "stop": stop.is_set, "skipped": skipped})
+        numbers |= {"gradient_norm": norm.item(), "lr": rate}
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"])):
+            suspects = gather_object(suspects) or [name for batch in micro_batches for name in batch.identity_ids]
             raise TrainingError(
-                f"loss {loss.item()} or gradient norm {float(norm)} is not finite at step {self.step} with identities "
-                f"{', '.join(batch.identity_ids[:4])}, ...; "
+                f"loss {numbers['loss']} or gradient norm {numbers['gradient_norm']} is not finite at step {self.step} "
+                f"with identities {', '.join(suspects[:4])}, ...; "
                 f"nothing of this step was applied: resume with a lower --set train.{self.stage.name}.lr"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         decay = ema_decay(self.step, config.ema_decay)
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for _, p in self._trained()], 1 - decay)
-        return loss.detach(), {**metrics, "gradient_norm": norm, "lr": torch.tensor(rate)}
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - decay)
+        return numbers
+
+    def _summed(self, numbers: dict) -> dict[str, float]:
+        """Each number summed over all processes."""
+        values = [torch.as_tensor(value, dtype=torch.float64) for value in numbers.values()]
+        values = torch.stack([value.to(self.accelerator.device) for value in values])
+        return dict(zip(numbers, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
     def save(self) -> None:
         """Writes a checkpoint of this step."""
+        model, ema = (whole_on_cpu(tensors, keep=self.is_main) for tensors in (self.trained, self.ema))
+        optimizer = whole_state(self.optimizer, keep=self.is_main)
+        bad_records = gather_object(self.bad_records)
         if self.is_main:
             checkpoints.save_checkpoint(
                 self.run_folder,
                 self.step,
-                {name: p.detach().cpu() for name, p in self._trained()},
-                {name: p.cpu() for name, p in self.ema.items()},
-                {"optimizer": self.optimizer.state_dict(), "bad_records": self.bad_records},
+                model,
+                ema,
+                {"optimizer": optimizer, "bad_records": bad_records},
                 preset_to_toml(self.preset),
                 self.config.keep_checkpoints,
             )
@@ -184,46 +256,48 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged_weights(self):
-        """Within it the model holds the averaged (EMA) weights."""
-        parameters = [p for _, p in self._trained()]
+        """Within it the model holds the averaged (EMA) weights, on every process all of them."""
+        parameters = list(self.trained.values())
         kept = [p.detach().clone() for p in parameters]
         with torch.no_grad():
             torch._foreach_copy_(parameters, list(self.ema.values()))
             try:
-                yield
+                with gathered(self.module):
+                    yield
             finally:
                 torch._foreach_copy_(parameters, kept)
 
     def export(self, folder: str | Path) -> None:
         """Writes the stage's averaged weights, as inference reads them, into a weights folder."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.is_main:
-            with self.averaged_weights():
+        with self.averaged_weights():
+            if self.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
                 self.stage.model.eval()
                 self.stage.export(folder)
-            (folder / "preset.toml").write_text(preset_to_toml(self.preset), encoding="utf-8")
+                (folder / "preset.toml").write_text(preset_to_toml(self.preset), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Loss, the stage's further numbers and a sample grid, on held-out people with averaged weights and fixed noise."""
+        """Loss, the stage's further numbers and a sample grid, on held-out people with averaged weights and fixed noise.
+
+        The loss is the mean over all; the further numbers compare the people that one process holds, and are averaged.
+        """
         batch = self.validation.to_device(self.accelerator.device)
+        generators = identity_generators(self.config.seed + 1, batch.places)
         with self.averaged_weights(), self.accelerator.autocast():
             self.stage.model.eval()
-            loss, numbers = self.stage.loss(batch, self._generator(0))
-            numbers = {f"validation_{name}": value for name, value in {"loss": loss, **numbers}.items()}
-            numbers = {k: self.accelerator.gather(v.detach().reshape(1)).mean().item() for k, v in numbers.items()}
+            loss, numbers = self.stage.loss(batch, generators)
+            weight = self.stage.weight(batch)
+            sums = {name: value.detach().double() * weight for name, value in {"loss": loss, **numbers}.items()}
+            sums = self._summed({**sums, "weight": weight})
             if self.is_main:
-                grid = self.stage.sample(batch, self._generator(0)).float()
+                generator = identity_generators(self.config.seed + 1, batch.places[:1])[0]
+                grid = self.stage.sample(batch, generator).float()
                 _write_grid(grid[:8], self.run_folder / "samples" / f"step-{self.step:08d}.png")
-        return numbers
-
-    def _generator(self, step: int) -> torch.Generator:
-        seed = (self.config.seed << 40) + (step << 8) + self.accelerator.process_index
-        return torch.Generator().manual_seed(seed)
-
-    def _trained(self) -> list[tuple[str, Tensor]]:
-        return [(name, p) for name, p in self.stage.model.named_parameters() if p.requires_grad]
+        weight = sums.pop("weight") or 1.0
+        return {f"validation_{name}": value / weight for name, value in sums.items()}
 
     def _batches(self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0) -> FewToManyBatches:
         accelerator = self.accelerator
@@ -237,19 +311,19 @@ class Trainer:
         return torch.utils.data.DataLoader(
             self.train_batches,
             batch_size=None,
-            sampler=range(start, self.config.steps),
+            sampler=range(start * self.config.accumulation, self.config.steps * self.config.accumulation),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             persistent_workers=False,
         )
 
-    def _note_bad_records(self, batch: Batch) -> None:
-        self.bad_records += batch.skipped
-        if len(self.bad_records) > self.config.max_bad_records:
+    def _note_bad_records(self, micro_batches: Sequence[Batch], num_skipped: int) -> None:
+        self.bad_records += [text for batch in micro_batches for text in batch.skipped]
+        self.num_bad += num_skipped
+        if self.num_bad > self.config.max_bad_records:
             raise TrainingError(
                 f"more than max_bad_records={self.config.max_bad_records} records are damaged, "
-                f"the last: {self.bad_records[-1]}; "
-                "look at the set with: omniid data inspect"
+                f"the last: {gather_object(self.bad_records)[-1]}; look at the set with: omniid data inspect"
             )
 
     def _prepare_folder(self, resume: bool) -> None:
@@ -266,17 +340,17 @@ class Trainer:
 
     def _restore(self, folder: Path) -> None:
         model, ema, trainer = checkpoints.load_checkpoint(folder)
-        current = dict(self._trained())
-        if model.keys() != current.keys():
+        if model.keys() != self.trained.keys():
             raise checkpoints.CheckpointError(
                 f"{folder} was written by another stage or preset; choose another --run folder"
             )
         with torch.no_grad():
-            for name, parameter in current.items():
-                parameter.copy_(model[name])
-                self.ema[name].copy_(ema[name])
-        self.optimizer.load_state_dict(trainer["optimizer"])
-        self.step, self.bad_records = trainer["step"], list(trainer["bad_records"])
+            for name, parameter in self.trained.items():
+                parameter.copy_(spread_like(model[name], parameter))
+                self.ema[name].copy_(spread_like(ema[name], parameter))
+        load_whole_state(self.optimizer, trainer["optimizer"])
+        self.step, self.num_bad = trainer["step"], len(trainer["bad_records"])
+        self.bad_records = list(trainer["bad_records"]) if self.is_main else []
 
     def _truncate_log(self) -> None:
         """Drops logged steps that a resumed run will do again."""
@@ -308,43 +382,6 @@ class Trainer:
 
         with contextlib.closing(writer):
             yield write
-
-    @contextlib.contextmanager
-    def _stop_on_signal(self):
-        """Turns the first SIGINT or SIGTERM into a flag, so that the step in flight ends and is saved."""
-
-        class Stop:
-            is_set = False
-
-        def handle(signum, frame):
-            Stop.is_set = True
-            signal.signal(signum, previous[signum])  # a second one acts at once
-
-        previous = {}
-        try:
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                previous[signum] = signal.signal(signum, handle)
-        except ValueError:  # not in the main thread: signals stay with whoever owns it
-            pass
-        try:
-            yield Stop
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-
-
-def _groups(stage: Stage, weight_decay: float) -> list[dict]:
-    """Parameter groups: no decay for vectors and learned tables; a stage may scale the rate of parts."""
-    scale_of = getattr(stage, "learning_rate_scale", lambda name: 1.0)
-    groups: dict[tuple[bool, float], list[Tensor]] = {}
-    for name, parameter in stage.model.named_parameters():
-        if parameter.requires_grad:
-            decayed = parameter.dim() > 1 and not name.endswith(("queries", "position", "position_embedding.weight"))
-            groups.setdefault((decayed, scale_of(name)), []).append(parameter)
-    return [
-        {"params": members, "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
-        for (decayed, scale), members in groups.items()
-    ]
 
 
 def _write_grid(grid: Tensor, path: Path) -> None:

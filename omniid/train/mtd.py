@@ -1,5 +1,6 @@
 """Stage `mtd`: encoder and masked decoder learn few-to-many reconstruction (Sec. 3.3; Eq. 4-5)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,17 +18,24 @@ class MTDStage:
     """All layers of the tower, the encoder and the decoder train."""
 
     name = "mtd"
+    needs_whole_batch = False
 
     def __init__(self, preset: Preset):
         self.encoder = OmniIDEncoder.from_preset(preset)
         self.decoder = MaskedDecoder(preset.decoder, preset.encoder)
         self.model = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        visible = self.decoder.draw_visible(*batch.targets.shape[:2], generator).to(batch.targets.device)
+    def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+        num_targets = batch.targets.shape[1]
+        visible = torch.cat([self.decoder.draw_visible(1, num_targets, generator) for generator in generators])
+        visible = visible.to(batch.targets.device)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
         error = self.decoder.loss(codes, batch.targets, batch.masks, visible)
         return error, {} if self.model.training else self._identity(codes, batch, visible)
+
+    def weight(self, batch: Batch) -> float:
+        """Face pixels: Eq. 5 is a mean over them."""
+        return float(batch.masks.sum())
 
     def _identity(self, codes: Tensor, batch: Batch, visible: Tensor) -> dict[str, Tensor]:
         """What validation logs beside the loss: whether codes tell people apart.

@@ -1,5 +1,6 @@
 """What a training stage is: the part of a run that differs between `base`, `mtd` and `flow`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +17,18 @@ class Stage(Protocol):
     model: nn.Module
     """All that is trained and checkpointed; frozen helpers of the stage are kept outside it."""
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar loss and further numbers for the log. Random numbers come only from the CPU generator given."""
+    needs_whole_batch: bool
+    """Whether the loss of a batch cannot be put together from those of its parts."""
+
+    def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar loss, a mean, and further numbers for the log.
+
+        generators: on the CPU, one for each identity; random numbers come only from them.
+        """
+        ...
+
+    def weight(self, batch: Batch) -> float:
+        """How much the batch counts in a mean over several: the number of values that its loss is the mean of."""
         ...
 
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:

@@ -27,7 +27,7 @@ def descend(stage, batch, steps: int) -> list[float]:
     stage.model.train()
     losses = []
     for step in range(steps):
-        loss, _ = stage.loss(batch, torch.Generator().manual_seed(step))
+        loss, _ = stage.loss(batch, [torch.Generator().manual_seed(step)])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

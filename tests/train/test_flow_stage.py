@@ -11,8 +11,9 @@ from omniid.models.encoder import OmniIDEncoder, load_encoder
 from omniid.models.identity_adapter import IdentityAdapter
 from omniid.models.mini_base import build_base
 from omniid.train.base import save_base
+from omniid.train.draws import identity_generators
 from omniid.train.flow import FlowStage
-from omniid.train.flow_matching import draw_times, flow_matching_loss
+from omniid.train.flow_matching import draw_noise, draw_times, flow_matching_loss
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_only_encoder_and_adapter_get_gradients(tiny, weights, batch, generator)
     with torch.no_grad():
         for to_v in stage.adapter.to_v_id:  # zero values let no gradient through to tokens in the first step
             to_v.weight.normal_(std=0.1, generator=generator)
-    stage.loss(batch, generator)[0].backward()
+    stage.loss(batch, identity_generators(0, batch.places))[0].backward()
     assert set(stage.model) == {"encoder", "adapter"}
     assert all(parameter.grad is None for parameter in stage.transformer.parameters())
     assert stage.encoder.queries.grad.abs().sum() > 0
@@ -56,7 +57,7 @@ def test_the_loss_falls(tiny, weights, batch):
     optimizer = torch.optim.AdamW(stage.model.parameters(), lr=3e-3)
     losses = []
     for _ in range(25):
-        loss, _ = stage.loss(batch, torch.Generator().manual_seed(0))
+        loss, _ = stage.loss(batch, identity_generators(0, batch.places))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -64,9 +65,9 @@ def test_the_loss_falls(tiny, weights, batch):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_the_same_generator_gives_the_same_loss(tiny, weights, batch):
+def test_the_same_seed_gives_the_same_loss(tiny, weights, batch):
     stage = FlowStage(tiny, weights)
-    one, two, other = (stage.loss(batch, torch.Generator().manual_seed(seed))[0] for seed in (5, 5, 6))
+    one, two, other = (stage.loss(batch, identity_generators(seed, batch.places))[0] for seed in (5, 5, 6))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
 
@@ -109,18 +110,26 @@ def test_a_missing_encoder_or_base_is_named(tiny, weights, tmp_path):
 
 def test_the_true_velocity_has_no_error_and_zero_has_the_data_and_the_noise(generator):
     targets = torch.randn(64, 2, 4, 4, generator=generator)
-    seen = {}
+    time, noise = draw_noise(targets, "uniform", [torch.Generator().manual_seed(seed) for seed in range(8)])
 
     def perfect(noisy, time):
-        seen["time"] = time
         # x_t = (1 - t) x + t eps, hence eps - x = (x_t - x) / t
         return (noisy - targets) / time.view(-1, 1, 1, 1)
 
-    error = flow_matching_loss(perfect, targets, "uniform", torch.Generator().manual_seed(1))
+    error = flow_matching_loss(perfect, targets, time, noise)
     assert error.shape == (64,)
-    assert (error * seen["time"] ** 2).max() < 1e-9
-    zero = flow_matching_loss(lambda noisy, time: torch.zeros_like(noisy), targets, "uniform", generator)
+    assert (error * time**2).max() < 1e-9
+    zero = flow_matching_loss(lambda noisy, time: torch.zeros_like(noisy), targets, time, noise)
     assert zero.mean().item() == pytest.approx(2, rel=0.15)
+
+
+def test_each_generator_draws_for_its_own_targets():
+    targets = torch.zeros(6, 2, 4, 4)
+    whole, part = (
+        draw_noise(targets[-2 * len(seeds) :], "uniform", [torch.Generator().manual_seed(seed) for seed in seeds])
+        for seeds in ((1, 2, 3), (3,))
+    )
+    assert all(torch.equal(all_[-2:], own) for all_, own in zip(whole, part, strict=True))
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])

@@ -17,6 +17,7 @@ from omniid.data.records import open_records
 from omniid.train.checkpoint import CheckpointError, complete_checkpoints
 from omniid.train.loop import Trainer, TrainingError
 from omniid.train.mtd import MTDStage
+from omniid.train.optimizer import build_optimizer
 from omniid.train.run import run_stage
 
 
@@ -92,7 +93,9 @@ def test_a_run_is_not_overwritten(tiny, records, tmp_path):
 def test_checkpoint_of_another_stage_is_refused(tiny, records, tmp_path):
     one = trainer(tiny, records, tmp_path, steps=3)
     one.stage.model["decoder"] = torch.nn.Linear(2, 2)
-    one.ema = {name: p.detach().clone() for name, p in one._trained()}
+    one.trained = dict(one.stage.model.named_parameters())
+    one.ema = {name: p.detach().clone() for name, p in one.trained.items()}
+    one.optimizer = build_optimizer(one.stage, one.config)
     one.save()
     with pytest.raises(CheckpointError, match="another stage or preset"):
         trainer(tiny, records, tmp_path, resume=True)
@@ -102,10 +105,10 @@ def test_non_finite_loss_stops_before_the_step(tiny, records, tmp_path):
     one = trainer(tiny, records, tmp_path, steps=3)
     with torch.no_grad():
         one.stage.decoder.head.bias[0] = float("nan")
-    before = {name: p.detach().clone() for name, p in one._trained()}
+    before = {name: p.detach().clone() for name, p in one.trained.items()}
     with pytest.raises(TrainingError, match="not finite at step 0 with identities train-"):
         one.run()
-    assert all(torch.equal(p, before[name]) or p.isnan().any() for name, p in one._trained())
+    assert all(torch.equal(p, before[name]) or p.isnan().any() for name, p in one.trained.items())
 
 
 def test_too_many_damaged_records_stop_the_run(tiny, records, tmp_path):
@@ -120,11 +123,11 @@ def test_too_many_damaged_records_stop_the_run(tiny, records, tmp_path):
 def test_averaged_weights_lag_and_come_back(tiny, records, tmp_path):
     one = trainer(tiny, records, tmp_path)
     one.run()
-    trained = [p.detach().clone() for _, p in one._trained()]
+    trained = [p.detach().clone() for p in one.trained.values()]
     with one.averaged_weights():
-        averaged = [p.detach().clone() for _, p in one._trained()]
+        averaged = [p.detach().clone() for p in one.trained.values()]
     assert any(not torch.equal(a, t) for a, t in zip(averaged, trained, strict=True))
-    assert all(torch.equal(p, t) for (_, p), t in zip(one._trained(), trained, strict=True))
+    assert all(torch.equal(p, t) for p, t in zip(one.trained.values(), trained, strict=True))
 
 
 def test_more_loader_processes_change_nothing(tiny, records, tmp_path):

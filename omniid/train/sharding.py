@@ -1,0 +1,91 @@
+"""Data parallelism: whole copies (DDP) or weights, gradients and optimizer state spread over processes (FSDP2).
+
+Checkpoints hold whole tensors either way, so that a run may go on with another number of processes or the other kind.
+FSDP2 is PyTorch's own `fully_shard`: accelerate's plugin for it does nothing on a CPU (1.15), where it is tested.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+
+def shard(module: nn.Module, accelerator: Accelerator) -> None:
+    """Spreads the module's parameters over all processes; a tower layer is gathered when it runs, the rest at once."""
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for layer in [part for part in module.modules() if isinstance(part, CLIPEncoderLayer)]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process may hold a part; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """This process's part of a whole tensor where `reference`, of the same shape, is spread; else the tensor."""
+    if not isinstance(reference, DTensor) or tensor.shape != reference.shape:
+        return tensor
+    return distribute_tensor(tensor, reference.device_mesh, reference.placements)
+
+
+@contextlib.contextmanager
+def gradients_shared(module: nn.Module, share: bool) -> Iterator[None]:
+    """Within it, a backward pass averages gradients over processes, or leaves that to a later micro-batch."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(share)
+        yield
+    elif isinstance(module, nn.parallel.DistributedDataParallel) and not share:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it, every process holds all weights, as the module's parts need that are not called through it."""
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+
+
+def whole_on_cpu(tensors: dict, keep: bool) -> dict:
+    """Whole copies on the CPU of the tensors in a dictionary, one gathered after another; nothing where not `keep`.
+
+    Every process must ask.
+    """
+    copies = {}
+    for name, value in tensors.items():
+        value = whole(value.detach()) if isinstance(value, Tensor) else value
+        if keep:
+            copies[name] = value.cpu() if isinstance(value, Tensor) else value
+    return copies
+
+
+def whole_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict:
+    """The optimizer's state with whole tensors on the CPU; every process must ask, but only some need `keep` it."""
+    state = optimizer.state_dict()
+    return state | {"state": {index: whole_on_cpu(entry, keep) for index, entry in state["state"].items()}}
+
+
+def load_whole_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Loads what `whole_state` gave, whatever part of it this process holds."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = {
+        index: {name: spread_like(value, parameters[index]) for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": entries})

@@ -1,0 +1,140 @@
+"""`--plan`: figures of the paper's sizes against ones worked out by hand, and how they follow the settings."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from omniid.cli.commands.train import GPU_NAMES
+from omniid.cli.main import main
+from omniid.config import load_preset
+from omniid.errors import OmniIDError
+from omniid.models.flux import base_without_weights
+from omniid.train.costs import count_costs
+from omniid.train.hardware import GPUS
+from omniid.train.plan import plan_stage, plan_text
+
+
+@pytest.fixture(scope="module")
+def paper_mtd():
+    return plan_stage("mtd", "paper", num_gpus=8, price_per_gpu_hour=2.0)
+
+
+def test_mtd_at_the_papers_sizes_agrees_with_the_sums_by_hand(paper_mtd):
+    """An identity of 3 inputs and 8 targets, 2 M N K for each product, attention's backward pass 2.5 times its forward."""
+    assert paper_mtd.step_flops_per_identity == pytest.approx(3.600e12, rel=0.05)
+    assert paper_mtd.all_rows_flops_per_identity == pytest.approx(4.100e12, rel=0.05)
+    assert paper_mtd.forward_flops == pytest.approx((1.004 + 0.049 + 0.141) * 1e12, rel=0.05)
+    parts = {part.name: part for part in paper_mtd.parts}
+    assert parts["tower"].parameters == pytest.approx(631e6, rel=0.01)
+    assert parts["encoder"].parameters == pytest.approx(79e6, rel=0.01)
+    assert parts["decoder"].parameters == pytest.approx(80e6, rel=0.01)
+    assert parts["tower"].forward_flops + parts["tower"].backward_flops == pytest.approx(3.028e12, rel=0.05)
+    # Without fused kernels a tower layer keeps about 24 units of 257 x 1280 bf16 numbers a photo.
+    assert parts["tower"].kept_bytes == pytest.approx(48.5e9 / 32, rel=0.2)
+
+
+def test_time_and_cost_follow_from_flops(paper_mtd):
+    assert paper_mtd.step_flops == pytest.approx(256 * 3.6e12, rel=0.05)
+    assert paper_mtd.step_s == pytest.approx(paper_mtd.step_flops / (8 * 791e12 * 0.42), rel=1e-3)
+    assert paper_mtd.gpu_hours == pytest.approx(8 * 250_000 * paper_mtd.step_s / 3600)
+    assert paper_mtd.cost == pytest.approx(2 * paper_mtd.gpu_hours)
+    assert paper_mtd.images_per_s == pytest.approx(11 * 256 / paper_mtd.step_s)
+
+
+def test_memory_modes_trade_memory_for_work(paper_mtd):
+    none, selective, full = (paper_mtd.memory[mode].total for mode in ("none", "selective", "full"))
+    assert none > selective > full
+    assert paper_mtd.memory_mode == "none" and paper_mtd.fits
+    assert paper_mtd.memory["none"].optimizer == 8 * paper_mtd.trained_parameters
+    kept, again = (plan_stage("mtd", "mini", overrides=[f"train.mtd.memory={mode}"]) for mode in ("none", "full"))
+    assert (kept.memory_mode, again.memory_mode) == ("none", "full")
+    assert 1.05 * kept.step_flops < again.step_flops < 1.35 * kept.step_flops
+    assert again.step_flops_per_identity == kept.step_flops_per_identity
+
+
+def test_accumulation_that_fits_is_told_and_does():
+    many = ["train.mtd.batch_identities=4096"]
+    alone = plan_stage("mtd", "mini", gpu="rtx4090", overrides=many)
+    assert not alone.fits and alone.accumulation_that_fits > 1
+    assert f"--set train.mtd.accumulation={alone.accumulation_that_fits}" in plan_text(alone)
+    again = plan_stage(
+        "mtd", "mini", gpu="rtx4090", overrides=[*many, f"train.mtd.accumulation={alone.accumulation_that_fits}"]
+    )
+    assert again.fits and again.step_flops <= alone.step_flops
+
+
+def test_sharding_spreads_the_optimizer():
+    whole, sharded = (
+        plan_stage("mtd", "mini", num_gpus=8, overrides=[f"train.mtd.sharding={kind}"]) for kind in ("none", "fsdp2")
+    )
+    assert sharded.memory["none"].optimizer == whole.memory["none"].optimizer / 8
+    assert sharded.memory["none"].total < whole.memory["none"].total
+
+
+@pytest.mark.slow
+def test_flow_at_the_papers_sizes_agrees_with_the_sums_by_hand():
+    """Of one target at 512 px: 21.9 TFLOP forward and 24.9 backward through the frozen base with 512 + 1024 tokens."""
+    costs = {
+        mode: {p.name: p for p in count_costs("flow", load_preset("paper"), "bf16", mode)} for mode in ("none", "full")
+    }
+    base, adapter, again = costs["none"]["base"], costs["none"]["adapter"], costs["full"]["base"]
+    assert base.parameters == pytest.approx(11.90e9, rel=1e-3) and not base.is_trained
+    assert adapter.parameters == pytest.approx(448e6, rel=0.01) and adapter.is_trained
+    assert base.forward_flops / 8 == pytest.approx(21.90e12, rel=0.05)
+    assert base.backward_flops / 8 == pytest.approx(24.89e12, rel=0.05)
+    assert adapter.forward_flops == pytest.approx(0.230e12, rel=0.05)
+    assert costs["none"]["autoencoder"].forward_flops / 8 == pytest.approx(1.1e12, rel=0.05)
+    assert again.backward_flops - base.backward_flops == pytest.approx(base.forward_flops, rel=0.05)
+    # A block's input is kept: image and text tokens, 57 blocks.
+    assert again.kept_bytes / 8 == pytest.approx(0.54e9, rel=0.25)
+    assert round(again.num_recomputed) == 57
+
+
+def test_the_mean_over_photo_counts_is_planned():
+    """1 to 3 photos cost on average as much as always 2."""
+    drawn, fixed = (
+        sum(
+            part.forward_flops
+            for part in count_costs("mtd", load_preset("mini", [f"train.mtd.num_inputs={n}"]), "fp32", "none")
+        )
+        for n in ([1, 3], [2, 2])
+    )
+    assert drawn == pytest.approx(fixed, rel=0.01)
+
+
+def test_counting_allocates_nothing_and_leaves_torch_alone(tiny):
+    before = torch.nn.functional.linear, torch.nn.functional.layer_norm
+    parts = count_costs("flow", tiny, "bf16", "selective")
+    assert (torch.nn.functional.linear, torch.nn.functional.layer_norm) == before
+    assert [part.name for part in parts] == ["tower", "encoder", "autoencoder", "adapter", "base"]
+    assert all(parameter.is_meta for part in base_without_weights(tiny.base) for parameter in part.parameters())
+
+
+def test_command_prints_a_table_or_json_and_needs_no_data():
+    shown = CliRunner().invoke(main, ["train", "mtd", "--plan", "--gpus", "2", "--gpu", "rtx4090", "--price", "0.5"])
+    assert shown.exit_code == 0, shown.output
+    assert (
+        "2 x rtx4090, bf16" in shown.output and "identities/s" in shown.output and "at 0.5 per GPU-hour" in shown.output
+    )
+    asked = CliRunner().invoke(main, ["train", "mtd", "--plan", "--json", "--efficiency", "0.2"])
+    values = json.loads(asked.stdout)
+    assert values["efficiency"] == 0.2 and values["gpu"] == "h200" and values["cost"] is None
+    assert values["memory"]["none"]["total"] > values["memory"]["none"]["optimizer"]
+
+
+def test_without_plan_data_and_run_are_asked_for():
+    result = CliRunner().invoke(main, ["train", "mtd", "--run", "somewhere"])
+    assert result.exit_code == 2 and "missing option '--data'" in result.output
+
+
+def test_what_cannot_be_planned_is_said():
+    with pytest.raises(OmniIDError, match="not a multiple of 3 GPUs x accumulation 1"):
+        plan_stage("mtd", "mini", num_gpus=3)
+    with pytest.raises(OmniIDError, match="sizes of the base 'somebody/else' are not known"):
+        plan_stage("flow", "paper", overrides=["base.path=somebody/else"])
+
+
+def test_the_command_offers_all_known_gpus():
+    assert set(GPU_NAMES) == set(GPUS)
