@@ -5,7 +5,7 @@
 
 from .captions import CAPTION_WORDS, caption
 from .dataset import write_records
-from .head_model import LANDMARK_GROUPS, NUM_LANDMARKS, SyntheticError
+from .head_model import SyntheticError
 from .person import Person
 from .render import RenderedFace, render
 from .traits import Traits
@@ -14,8 +14,6 @@ from .view import EXPRESSIONS, View
 __all__ = [
     "CAPTION_WORDS",
     "EXPRESSIONS",
-    "LANDMARK_GROUPS",
-    "NUM_LANDMARKS",
     "Person",
     "RenderedFace",
     "SyntheticError",
