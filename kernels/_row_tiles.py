@@ -29,7 +29,12 @@ def row_tiles(
     steps = -(-num_rows // block_rows)
     # Sums over rows: a partial sum costs a row of fp32, so not more programs than keep the chip busy.
     programs = min(steps, max(1, 4 * num_sms // max(num_groups, 1)))
-    return RowTiles(block_rows, block_width, -(-steps // max(programs, 1)) * block_rows, min(16, values // 512))
+    num_warps = min(16, values // 512)
+    if capability >= (12, 0) and block_width == 8192:
+        # With 16 warps ptxas aims at 64 registers for the backward of GELU by erf and spills 8 bytes (sm_120, aot); 8 warps
+        # take 130 and spill nothing.
+        num_warps = 8
+    return RowTiles(block_rows, block_width, -(-steps // max(programs, 1)) * block_rows, num_warps)
 
 
 def check_width(operation: str, width: int) -> None:

@@ -189,7 +189,7 @@ def _row_variants(capability: tuple[int, int]) -> Iterator[Variant]:
     """Kernels that need a whole row: norm, GELU and rounding to fp8; with fp8 only where the chip has it."""
     from ._row_tiles import row_tiles
     from .fp8_rows import FIRST_WITH_FP8
-    from .triton import fp8_rows, layer_norm_modulate
+    from .triton import fp8_rows, gelu_fp8, layer_norm_modulate
 
     fp8_kinds = (False, True) if capability >= FIRST_WITH_FP8 else (False,)
     fp8 = {"values_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
@@ -227,6 +227,15 @@ def _row_variants(capability: tuple[int, int]) -> Iterator[Variant]:
             yield Variant(
                 f"quantize_c{width}", fp8_rows._quantize, constants, tiles.num_warps, 3, fp8, has_products=False
             )
+            for by_tanh in (False, True):
+                form = "tanh" if by_tanh else "erf"
+                for step, kernel, flags in (
+                    ("forward", gelu_fp8._forward, {}),
+                    ("backward", gelu_fp8._backward, {"SUM": True}),
+                ):
+                    constants = gelu_fp8.constants(tiles, BIAS=True, TANH=by_tanh, **flags)
+                    name = f"gelu_{step}_{form}_c{width}"
+                    yield Variant(name, kernel, constants, tiles.num_warps, 3, stats | fp8, has_products=False)
 
 
 def compile_variant(variant: Variant, chip: str, folder: Path | None) -> Row:

@@ -107,6 +107,7 @@ def test_tiles_follow_from_sizes():
     assert row_tiles(**sizes, capability=(9, 0)) == RowTiles(1, 2048, 47, 4)
     assert row_tiles(**sizes | {"width": 192}, capability=(9, 0)) == RowTiles(8, 256, 48, 4)
     assert row_tiles(**sizes | {"width": 5120}, capability=(9, 0)).num_warps == 16
+    assert row_tiles(**sizes | {"width": 5120}, capability=(12, 0)).num_warps == 8
     assert row_tiles(num_rows=257, width=1280, num_groups=96, capability=(9, 0)) == RowTiles(1, 2048, 52, 4)
     assert row_tiles(num_rows=0, width=1, capability=(9, 0)).rows_per_program == 0
     assert row_tiles(**sizes, capability=None) == RowTiles(64, 2048, 24704, 4)
