@@ -1,9 +1,14 @@
-"""The native attention kernels as functions on tensors; operations decide when they run (native/attention_*.cpp)."""
+"""The native attention kernels as functions on CPU tensors; operations decide when they run (native/attention_*.cpp).
+
+Sequences are (B, L, H, D), or (L, H, D): packed where their bounds (B + 1) int64 are given, else shared by all sequences.
+Shapes: B sequences, Lq queries of each, H heads, D head size.
+"""
 
 import ctypes
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._native_library import call_native
 
@@ -43,6 +48,54 @@ class _BackwardArguments(ctypes.Structure):
     ]
 
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_sequences: int,
+    scale: float,
+    q_bounds: Tensor | None = None,
+    k_bounds: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v with gradients, for eager mode: a custom operator's call would cost more than mini's sizes."""
+    arguments = (q, k, v, q_bounds, k_bounds, num_sequences, scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(*arguments)[0]
+    return attend(*arguments)[0]
+
+
+def attend(q, k, v, q_bounds, k_bounds, num_sequences, scale) -> tuple[Tensor, Tensor]:
+    """The output, (B, Lq, H, D) or as packed as q, and lse (H, all queries) fp32."""
+    shape = q.shape if q.dim() == 4 or q_bounds is not None else (num_sequences, *q.shape)
+    out = torch.empty(shape, dtype=q.dtype)
+    lse = torch.empty(shape[-2], shape[0] if len(shape) == 3 else shape[0] * shape[1])
+    if out.numel() > 0:
+        bounds = {"q_bounds": q_bounds, "k_bounds": k_bounds}
+        forward(q, k, v, out, num_sequences=num_sequences, scale=scale, lse=lse, **bounds)
+    return out, lse
+
+
+class _Attention(torch.autograd.Function):
+    forward = staticmethod(attend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, q_bounds, k_bounds, ctx.num_sequences, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, *output, q_bounds, k_bounds)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        *tensors, q_bounds, k_bounds = ctx.saved_tensors
+        gradients = backward(
+            grad, *tensors, num_sequences=ctx.num_sequences, scale=ctx.scale, q_bounds=q_bounds, k_bounds=k_bounds
+        )
+        return *gradients, None, None, None, None
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -59,9 +112,8 @@ def forward(
 ) -> None:
     """out = base + factor * softmax(scale q k^T) v, one softmax for each of `num_sequences` sequences.
 
-    Each of q, k, v, base, out is (B, L, H, D), or (L, H, D): packed where its bounds (B + 1) int64 are given, else shared
-    by all sequences. base may be `out` itself. factor: a number, or (B, Lq) fp32 with its Lq values side by side.
-    lse: (H, all queries) fp32, written.
+    base may be `out` itself. factor: a number, or (B, Lq) fp32 with its Lq values side by side. lse: (H, all queries) fp32,
+    written: the logarithm of each softmax's denominator.
     """
     q, k, v = (_side_by_side(x) for x in (q, k, v))
     tokens = factor if isinstance(factor, Tensor) else None

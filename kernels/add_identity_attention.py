@@ -21,7 +21,6 @@ from .varlen_cross_attention import (
     check_native,
     check_triton_head,
     chip_of,
-    needs_gradient,
     preferred_order,
     varlen_cross_attention,
 )
@@ -119,6 +118,9 @@ def add_identity_attention(
     elif not _differentiated(out, q, k_id, v_id, scale):
         new = out.clone(memory_format=torch.contiguous_format)
         return add_identity_attention_(new, q, k_id, v_id, scale, implementation=chosen)
+    elif chosen == "native" and not torch.compiler.is_compiling():
+        _check_native(out, q)
+        attended = native.attention(q, k_id, v_id, num_sequences=len(q), scale=q.shape[-1] ** -0.5)
     else:
         _check_triton(out, q) if chosen == "triton" else _check_native(out, q)
         # The gradients need the attention itself, so nothing is saved by adding within the kernel.
@@ -240,7 +242,7 @@ def _picked(operation: str, order: tuple[str, ...], device: str, wish: str | Non
 
 
 def _differentiated(*inputs: float | Tensor) -> bool:
-    return needs_gradient(*(x for x in inputs if isinstance(x, Tensor)))
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def _dequantized(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

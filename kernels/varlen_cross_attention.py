@@ -61,7 +61,8 @@ def varlen_cross_attention(
     Raises ValueError for what does not fit and for an implementation that cannot run.
     """
     scale = _checked_scale(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         chosen = implementation or ""
     else:
         num_queries = q.shape[-3] if cu_seqlens_q is None else q.shape[0] // max(cu_seqlens_q.shape[0] - 1, 1)
@@ -69,9 +70,9 @@ def varlen_cross_attention(
         chosen = pick("varlen_cross_attention", order, device=q.device.type, wish=implementation)
     if chosen == "torch":
         _check_bounds(q, k, cu_seqlens_k, cu_seqlens_q)
-        return _grouped(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
-    if chosen == "native" and not needs_gradient(q, k, v):
-        return _native_forward(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)[0]  # saves what an operator's call costs
+        return grouped_attention(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
+    if chosen == "native" and not compiling:
+        return native.attention(q, k, v, **_for_native(q, k, cu_seqlens_k, cu_seqlens_q, scale))
     return _operator(q, k, v, cu_seqlens_k, cu_seqlens_q, scale, chosen)[0]
 
 
@@ -161,7 +162,7 @@ def _operator(
     """(out, lse): lse (H, R) is the logarithm of each softmax's denominator. implementation: "" decides at each run."""
     chosen = _picked(q, implementation)
     if chosen == "native":
-        return _native_forward(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
+        return native.attend(q, k, v, **_for_native(q, k, cu_seqlens_k, cu_seqlens_q, scale))
     if cu_seqlens_k.device.type == "cpu" and (cu_seqlens_q is None or cu_seqlens_q.device.type == "cpu"):
         _check_bounds(q, k, cu_seqlens_k, cu_seqlens_q)
     if chosen == "reference":
@@ -208,18 +209,7 @@ def _backward_operator(
     """Gradients of q, k and v."""
     chosen = _picked(q, implementation)
     if chosen == "native":
-        return native.backward(
-            grad,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            num_sequences=len(cu_seqlens_k) - 1,
-            scale=scale,
-            q_bounds=_native_bounds(cu_seqlens_q),
-            k_bounds=_native_bounds(cu_seqlens_k),
-        )
+        return native.backward(grad, q, k, v, out, lse, **_for_native(q, k, cu_seqlens_k, cu_seqlens_q, scale))
     grad, out = (x.reshape(-1, *x.shape[-2:]).contiguous() for x in (grad, out))
     if chosen == "reference":
         return _reference_backward(grad, q, k, v, out, lse, cu_seqlens_k, cu_seqlens_q, scale)
@@ -247,32 +237,17 @@ def _differentiate(ctx, grad, _):
 _operator.register_autograd(_differentiate, setup_context=_save)
 
 
-def _native_forward(q, k, v, cu_seqlens_k, cu_seqlens_q, scale) -> tuple[Tensor, Tensor]:
+def _for_native(q: Tensor, k: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor | None, scale: float) -> dict:
+    """Checks what the native form would read out of bounds; its arguments."""
     check_native("varlen_cross_attention", q)
     _check_bounds(q, k, cu_seqlens_k, cu_seqlens_q)
-    shape = _out_shape(q, cu_seqlens_k, cu_seqlens_q)
-    out = torch.empty(shape, dtype=q.dtype)
-    lse = torch.empty(shape[-2], shape[0] if len(shape) == 3 else shape[0] * shape[1])
-    if out.numel() > 0:
-        native.forward(
-            q,
-            k,
-            v,
-            out,
-            num_sequences=len(cu_seqlens_k) - 1,
-            scale=scale,
-            q_bounds=_native_bounds(cu_seqlens_q),
-            k_bounds=_native_bounds(cu_seqlens_k),
-            lse=lse,
-        )
-    return out, lse
+    q_bounds, k_bounds = (
+        None if cu is None else cu.to("cpu", torch.int64).contiguous() for cu in (cu_seqlens_q, cu_seqlens_k)
+    )
+    return {"num_sequences": len(cu_seqlens_k) - 1, "scale": scale, "q_bounds": q_bounds, "k_bounds": k_bounds}
 
 
-def _native_bounds(cu_seqlens: Tensor | None) -> Tensor | None:
-    return None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64).contiguous()
-
-
-def _grouped(
+def grouped_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor | None, scale: float
 ) -> Tensor:
     """Sequences of one length form a dense batch: exact, no padding, as few calls as there are distinct lengths."""
@@ -365,10 +340,6 @@ def _picked(q: Tensor, implementation: str) -> str:
     # Reached with "" only from compiled code, where PyTorch's own form would have to read lengths while tracing.
     order = ("native", "reference", "triton") if q.dtype in native.DTYPES else ("reference", "triton", "native")
     return pick("varlen_cross_attention", order, device=q.device.type, wish=implementation or None)
-
-
-def needs_gradient(*inputs: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def chip_of(q: Tensor) -> tuple[tuple[int, int] | None, int]:

@@ -90,7 +90,7 @@ def check(implementation, case, device, assert_accurate):
         return varlen_cross_attention(q, k, v, cu, cu_seqlens_q=cu_q, implementation=implementation)
 
     def torchs(q, k, v):
-        return module._grouped(q, k, v, cu, cu_q, q.shape[-1] ** -0.5)
+        return module.grouped_attention(q, k, v, cu, cu_q, q.shape[-1] ** -0.5)
 
     actual, own, exact = run(attend, dtype), run(torchs, dtype), run(torchs, torch.float64)
     for name, *three in zip(("out", "dq", "dk", "dv"), actual, own, exact, strict=False):
