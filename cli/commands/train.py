@@ -77,6 +77,13 @@ def flow(**options) -> None:
     _run("flow", **options)
 
 
+@train.command()
+@_stage_options
+def control(**options) -> None:
+    """Controlled generation: a landmark ControlNet and the adapter train, the encoder is frozen (Sec. 4.2)."""
+    _run("control", **options)
+
+
 def _run(
     name, preset, data_folder, run_folder, weights_folder, start_from, resume, overrides, device, quiet, as_json
 ) -> None:

@@ -229,7 +229,7 @@ class Trainer:
         accelerator = self.accelerator
         return FewToManyBatches(
             rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps, self.config.max_yaw, mirror,
-            accelerator.process_index, accelerator.num_processes,
+            accelerator.process_index, accelerator.num_processes, getattr(self.stage, "needs_landmarks", False),
         )  # fmt: skip
 
     def _loader(self, start: int):

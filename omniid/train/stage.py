@@ -15,6 +15,7 @@ class Stage(Protocol):
     name: str
     model: nn.Module
     """All that is trained and checkpointed; frozen helpers of the stage are kept outside it."""
+    # A stage with `needs_landmarks = True` gets batches with landmarks.
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss and further numbers for the log. Random numbers come only from the CPU generator given."""
