@@ -5,8 +5,13 @@ the image-left corner and go clockwise as seen; the bridge runs downwards; the l
 clockwise; the jaw runs from the right ear over the chin to the left ear.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageDraw
+
+from .face import FaceError
 
 LANDMARK_GROUPS = (
     ("eye centres", 2), ("nose base", 1), ("mouth corners", 2), ("right brow", 5), ("left brow", 5),
@@ -53,25 +58,47 @@ def mirror_landmarks(points: np.ndarray, width: float) -> np.ndarray:
     return np.stack([width - points[..., 0], points[..., 1]], axis=-1)
 
 
-def draw_landmarks(points: np.ndarray, size: int) -> np.ndarray:
-    """Contours and pupils in colour on black, uint8 (size, size, 3), of landmarks (66, 2) in pixels of a picture of `size`.
+def draw_landmarks(points: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Contours and pupils in colour on black, uint8 (H, W, 3), of landmarks (66, 2) in pixels of that picture.
 
-    The paper's pose input for controlled generation (Sec. 4.2); its drawing style is not stated. Raises ValueError for
-    other shapes, values that are not finite, and a size below 1.
+    size: of a square picture, or width and height. The paper's pose input for controlled generation (Sec. 4.2); its drawing
+    style is not stated. Raises ValueError for other shapes, values that are not finite, and a size below 1.
     """
-    if size < 1:
+    size = (size, size) if isinstance(size, int) else size
+    if min(size) < 1:
         raise ValueError(f"size is {size}, expected at least 1 pixel")
     points = check_landmarks(points) * _OVERSAMPLING
-    side = size * _OVERSAMPLING
-    picture = Image.new("RGB", (side, side))
+    picture = Image.new("RGB", (size[0] * _OVERSAMPLING, size[1] * _OVERSAMPLING))
     draw = ImageDraw.Draw(picture)
-    thick = max(1, round(side / 85))  # 1.5 px at 128: thinner lines are lost in latents of an eighth
+    thick = max(1, round(min(picture.size) / 85))  # 1.5 px at 128: thinner lines are lost in latents of an eighth
     for name, colour in _COLOURS.items():
         line = [tuple(point) for point in points[landmark_group(name)].tolist()]
         draw.line([*line, line[0]] if name in _CLOSED else line, fill=colour, width=thick, joint="curve")
     for x, y in points[landmark_group("eye centres")].tolist():
         draw.ellipse((x - thick, y - thick, x + thick, y + thick), fill=(255, 0, 255))
-    return np.asarray(picture.resize((size, size), Image.Resampling.BOX))
+    return np.asarray(picture.resize(size, Image.Resampling.BOX))
+
+
+def load_landmarks(path: str | Path, width: int, height: int) -> np.ndarray:
+    """Landmarks (66, 2) in pixels of a picture of `width` x `height`, from a JSON file.
+
+    The file holds `points` (66 pairs of x and y) and the `width` and `height` of the picture that they were found in; a
+    picture of another shape gets them centred. Raises FaceError for a file that cannot be used.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        points = check_landmarks(found["points"])
+        size = np.array([float(found["width"]), float(found["height"])])
+        if not size.min() > 0:
+            raise ValueError(f"width and height must be positive, got {size.tolist()}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise FaceError(
+            f"landmarks cannot be read from {path} ({reason}); "
+            'give a JSON file like {"width": 512, "height": 512, "points": [[x, y], ...]} with 66 points'
+        ) from error
+    scale = (np.array([width, height]) / size).min()
+    return (points - size / 2) * scale + np.array([width, height]) / 2
 
 
 def _mirrored_order() -> np.ndarray:

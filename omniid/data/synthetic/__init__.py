@@ -8,6 +8,7 @@ from .dataset import write_records
 from .head_model import SyntheticError
 from .person import Person
 from .render import RenderedFace, render
+from .template import template_landmarks
 from .traits import Traits
 from .view import EXPRESSIONS, View
 
@@ -21,5 +22,6 @@ __all__ = [
     "View",
     "caption",
     "render",
+    "template_landmarks",
     "write_records",
 ]
