@@ -48,8 +48,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def check_triton_dtype(operation: str, dtype) -> None:
-    """Raises ValueError where a Triton kernel with matrix products does not take the dtype."""
+def check_triton_dtype(operation: str, dtype, has_products: bool = True) -> None:
+    """Raises ValueError where a Triton kernel, with matrix products or without, does not take the dtype."""
     import torch
 
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -57,7 +57,7 @@ def check_triton_dtype(operation: str, dtype) -> None:
             f"{operation} in Triton takes float32, float16 and bfloat16, got {dtype}; "
             "convert or use OMNIID_KERNELS=auto"
         )
-    if dtype == torch.bfloat16 and interpreting():
+    if has_products and dtype == torch.bfloat16 and interpreting():
         raise ValueError(
             f"{operation}: Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 there, or a GPU"
         )

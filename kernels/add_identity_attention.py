@@ -3,9 +3,9 @@
     out += scale * softmax(q k_id^T / sqrt(D)) v_id
 
 The in-place form is for inference; the other one can be differentiated. Several identities are several calls.
-Three implementations: the definition; PyTorch's attention and an addition; Triton, one pass over `out` and `q` with the
-identity's keys and values kept on the chip. `auto` takes PyTorch until a report under benchmarks/results shows Triton
-faster on a GPU.
+Four implementations: the definition; PyTorch's attention and an addition; Triton, one pass over `out` and `q` with the
+identity's keys and values kept on the chip; native, the same on a CPU. `auto` takes PyTorch except on CPUs where the
+native form was measured faster (`native_is_faster`); Triton awaits a report from a GPU.
 Shapes: B pictures, Lq image tokens, L identity tokens, H heads, D head size.
 """
 
@@ -14,11 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import _native_attention as native
 from ._launch import pick
 from .dense_attention import dense_attention
-from .varlen_cross_attention import check_triton_head, chip_of, varlen_cross_attention
+from .varlen_cross_attention import (
+    check_native,
+    check_triton_head,
+    chip_of,
+    preferred_order,
+    varlen_cross_attention,
+)
 
-IMPLEMENTATIONS = ("torch", "triton", "reference")
 FP8 = torch.float8_e4m3fn
 
 
@@ -57,26 +63,36 @@ def add_identity_attention_(
     out, q: (B, Lq, H, D). k_id, v_id: (B, L, H, D), or (1, L, H, D) for all pictures, in the dtype of q, or float8_e4m3fn
     with k_scale and v_scale (H,), the values that one stands for in each head. scale: a number, or (B, Lq) or (1, Lq), one
     for each image token.
-    implementation: overrides OMNIID_KERNELS. Triton takes fp32, fp16 and bf16 at D from 32 to 128 and `out` with its D
-    channels side by side.
+    implementation: overrides OMNIID_KERNELS. Triton takes fp32, fp16 and bf16 at D from 32 to 128, native fp32 and bf16 in
+    one dtype for all, and both take `out` with its D channels side by side.
     Raises ValueError for what does not fit, for an implementation that cannot run, and where autograd would need the old
     `out`: use `add_identity_attention` in training.
     """
     k_id, v_id = _fitted(out, q, k_id, v_id, scale, k_scale, v_scale)
-    differentiable = (out, q, k_id, v_id, *((scale,) if isinstance(scale, Tensor) else ()))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
+    if _differentiated(out, q, k_id, v_id, scale):
         raise ValueError("add_identity_attention_ has no gradient; use add_identity_attention, or torch.no_grad()")
     if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
         raise ValueError("out holds one value in several places (an expanded tensor); make it contiguous first")
-    chosen = pick("add_identity_attention_", IMPLEMENTATIONS, device=q.device.type, wish=implementation)
+    chosen = _picked("add_identity_attention_", _order(out, q), q.device.type, implementation)
     if chosen == "reference":
         return out.copy_(add_identity_attention_reference(out, q, k_id, v_id, scale, k_scale=k_scale, v_scale=v_scale))
     if chosen == "torch":
         k_id, v_id = _dequantized(k_id, k_scale, q.dtype), _dequantized(v_id, v_scale, q.dtype)
         return out.add_(_spread(scale, q.dtype) * dense_attention(q, k_id, v_id))
-    _check_triton(out, q)
     token_scale = scale.expand(q.shape[:2]) if isinstance(scale, Tensor) else None
-    _operator(out, q, k_id, v_id, token_scale, 0.0 if token_scale is not None else float(scale), k_scale, v_scale)
+    number = 0.0 if token_scale is not None else float(scale)
+    if chosen == "native":
+        k_id, v_id = _dequantized(k_id, k_scale, q.dtype), _dequantized(v_id, v_scale, q.dtype)
+        _check_native(out, q)
+        if torch.compiler.is_compiling():
+            _operator(out, q, k_id, v_id, token_scale, number, None, None, chosen)
+        else:
+            _native_add(out, out, q, k_id, v_id, token_scale, number)
+            if not out.is_inference():
+                torch.autograd.graph.increment_version(out)  # autograd then notices, as after any in-place operation
+        return out
+    _check_triton(out, q)
+    _operator(out, q, k_id, v_id, token_scale, number, k_scale, v_scale, chosen)
     return out
 
 
@@ -94,22 +110,23 @@ def add_identity_attention(
     Arguments and errors as of `add_identity_attention_`; keys and values have the dtype of q.
     """
     k_id, v_id = _fitted(out, q, k_id, v_id, scale, None, None)
-    chosen = pick("add_identity_attention", IMPLEMENTATIONS, device=q.device.type, wish=implementation)
+    chosen = _picked("add_identity_attention", _order(out, q), q.device.type, implementation)
     if chosen == "reference":
         return add_identity_attention_reference(out, q, k_id, v_id, scale)
     if chosen == "torch":
         attended = dense_attention(q, k_id, v_id)
+    elif not _differentiated(out, q, k_id, v_id, scale):
+        new = out.clone(memory_format=torch.contiguous_format)
+        return add_identity_attention_(new, q, k_id, v_id, scale, implementation=chosen)
+    elif chosen == "native" and not torch.compiler.is_compiling():
+        _check_native(out, q)
+        attended = native.attention(q, k_id, v_id, num_sequences=len(q), scale=q.shape[-1] ** -0.5)
     else:
-        _check_triton(out, q)
-        inputs = (out, q, k_id, v_id, *((scale,) if isinstance(scale, Tensor) else ()))
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
-            new = out.clone(memory_format=torch.contiguous_format)
-            return add_identity_attention_(new, q, k_id, v_id, scale, implementation="triton")
+        _check_triton(out, q) if chosen == "triton" else _check_native(out, q)
         # The gradients need the attention itself, so nothing is saved by adding within the kernel.
         batch, length = k_id.shape[:2]
         bounds = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
-        keys, values = k_id.flatten(0, 1), v_id.flatten(0, 1)
-        attended = varlen_cross_attention(q, keys, values, bounds, implementation="triton")
+        attended = varlen_cross_attention(q, k_id.flatten(0, 1), v_id.flatten(0, 1), bounds, implementation=chosen)
     return (out + _spread(scale, q.dtype) * attended).to(out.dtype)
 
 
@@ -165,7 +182,10 @@ def _operator(
     scale: float,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    implementation: str,
 ) -> None:
+    if implementation == "native":
+        return _native_add(out, out, q, k_id, v_id, token_scale, scale)
     from .triton.add_identity_attention import add_in_place
 
     if q.numel() == 0:
@@ -185,8 +205,44 @@ def _operator(
 
 
 @_operator.register_fake
-def _(out, q, k_id, v_id, token_scale, scale, k_scale, v_scale):
+def _(out, q, k_id, v_id, token_scale, scale, k_scale, v_scale, implementation):
     return None
+
+
+def _native_add(
+    out: Tensor, base: Tensor, q: Tensor, k_id: Tensor, v_id: Tensor, token_scale: Tensor | None, scale: float
+) -> None:
+    """out = base + scale * attention; base may be out."""
+    if q.numel() == 0:
+        return
+    if token_scale is not None:
+        token_scale = token_scale.to(torch.float32).contiguous()
+    native.forward(
+        q,
+        k_id,
+        v_id,
+        out,
+        num_sequences=q.shape[0],
+        scale=q.shape[-1] ** -0.5,
+        base=base,
+        factor=scale if token_scale is None else token_scale,
+    )
+
+
+def _order(out: Tensor, q: Tensor) -> tuple[str, ...]:
+    order = preferred_order(q, q.shape[1])
+    if order[0] == "native" and (out.stride(-1) != 1 or out.dtype != q.dtype):
+        return order[1:]
+    return order
+
+
+@torch.compiler.assume_constant_result
+def _picked(operation: str, order: tuple[str, ...], device: str, wish: str | None) -> str:
+    return pick(operation, order, device=device, wish=wish)
+
+
+def _differentiated(*inputs: float | Tensor) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def _dequantized(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -199,9 +255,22 @@ def _spread(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 def _check_triton(out: Tensor, q: Tensor) -> None:
     check_triton_head("add_identity_attention", q)
+    _check_channels(out, "in Triton")
+
+
+def _check_native(out: Tensor, q: Tensor) -> None:
+    check_native("add_identity_attention", q)
+    _check_channels(out, "natively")
+    if out.dtype != q.dtype:
+        raise ValueError(
+            f"add_identity_attention takes out and q natively in one dtype, got {out.dtype} and {q.dtype}; convert one"
+        )
+
+
+def _check_channels(out: Tensor, how: str) -> None:
     if out.stride(-1) != 1:
         raise ValueError(
-            f"add_identity_attention in Triton needs out with its channels side by side, got strides {out.stride()}; "
+            f"add_identity_attention {how} needs out with its channels side by side, got strides {out.stride()}; "
             "make it contiguous"
         )
 

@@ -70,6 +70,7 @@ def variants(capability: tuple[int, int]) -> Iterator[Variant]:
     yield from _identity_variants(capability)
     yield from _masked_rows_variants(capability)
     yield from _patch_l1_variants(capability)
+    yield from _row_variants(capability)
 
 
 def _varlen_variants(capability: tuple[int, int]) -> Iterator[Variant]:
@@ -184,6 +185,59 @@ def _patch_l1_variants(capability: tuple[int, int]) -> Iterator[Variant]:
             )
 
 
+def _row_variants(capability: tuple[int, int]) -> Iterator[Variant]:
+    """Kernels that need a whole row: norm, GELU and rounding to fp8; with fp8 only where the chip has it."""
+    from ._row_tiles import row_tiles
+    from .fp8_rows import FIRST_WITH_FP8
+    from .triton import fp8_rows, gelu_fp8, layer_norm_modulate
+
+    fp8_kinds = (False, True) if capability >= FIRST_WITH_FP8 else (False,)
+    fp8 = {"values_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
+    stats = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "part_ptr": "*fp32", "part_n_ptr": "*fp32"}
+    for width, flags in (
+        (1280, {"ADD": True, "WEIGHT": True, "BIAS": True, "MODULATE": False}),  # CLIP-H and the decoder
+        (3072, {"ADD": False, "WEIGHT": False, "BIAS": False, "MODULATE": True}),  # FLUX
+    ):
+        tiles = row_tiles(num_rows=24672, width=width, capability=capability)
+        for quantize in fp8_kinds:
+            yield Variant(
+                f"norm_forward_{'fp8_' * quantize}c{width}",
+                layer_norm_modulate._forward,
+                layer_norm_modulate.constants(tiles, **flags, QUANTIZE=quantize),
+                tiles.num_warps,
+                3,
+                stats | (fp8 if quantize else {}),
+                has_products=False,
+            )
+        back = {name: flag for name, flag in flags.items() if name != "BIAS"} | {"SUMS": True}
+        constants = layer_norm_modulate.constants(tiles, **back)
+        yield Variant(
+            f"norm_backward_c{width}",
+            layer_norm_modulate._backward,
+            constants,
+            tiles.num_warps,
+            3,
+            stats,
+            has_products=False,
+        )
+    if True in fp8_kinds:
+        for width in (1280, 5120, 12288):
+            tiles = row_tiles(num_rows=24672, width=width, capability=capability)
+            constants = layer_norm_modulate.constants(tiles)
+            yield Variant(
+                f"quantize_c{width}", fp8_rows._quantize, constants, tiles.num_warps, 3, fp8, has_products=False
+            )
+            for by_tanh in (False, True):
+                form = "tanh" if by_tanh else "erf"
+                for step, kernel, flags in (
+                    ("forward", gelu_fp8._forward, {}),
+                    ("backward", gelu_fp8._backward, {"SUM": True}),
+                ):
+                    constants = gelu_fp8.constants(tiles, BIAS=True, TANH=by_tanh, **flags)
+                    name = f"gelu_{step}_{form}_c{width}"
+                    yield Variant(name, kernel, constants, tiles.num_warps, 3, stats | fp8, has_products=False)
+
+
 def compile_variant(variant: Variant, chip: str, folder: Path | None) -> Row:
     """Compiles for the chip, writes NAME.CHIP.ptx and .cubin to the folder where one is given, and looks at the result."""
     import triton
@@ -223,7 +277,7 @@ def _type_of(name: str, pointers: dict[str, str]) -> str:
         return pointers[name]
     if name.endswith("_ptr"):
         return "*i32" if name.startswith("cu_") else "*fp32" if name in FP32_POINTERS else "*bf16"
-    return "fp32" if name in ("scale", "softmax_scale") else "i32"
+    return "fp32" if name in ("scale", "softmax_scale", "eps") else "i32"
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

@@ -5,9 +5,9 @@
 The identity encoder reads all photos of a person at once (Eq. 1): identities have different numbers of photos, so
 their keys are packed and no position is ever padded or masked.
 
-Three implementations: the definition; PyTorch, where sequences of one length form dense batches; Triton, which keeps the
-scores on the chip and reads no length back to the host. `auto` takes PyTorch until a report under benchmarks/results shows
-Triton faster on a GPU.
+Four implementations: the definition; PyTorch, where sequences of one length form dense batches; Triton, which keeps the
+scores on the chip and reads no length back to the host; native, which keeps them in a CPU's cache. `auto` takes PyTorch
+except where a measurement shows another faster: `native_is_faster` says where, Triton awaits a report from a GPU.
 Shapes: B sequences, Lq queries of each, R queries of all sequences, T keys of all sequences, H heads, D head size.
 """
 
@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from . import _native_attention as native
 from ._launch import interpreting, pick
 from .dense_attention import dense_attention
 
@@ -54,22 +55,47 @@ def varlen_cross_attention(
     q: (B, Lq, H, D); (Lq, H, D) shared by all sequences; or (R, H, D) packed, with cu_seqlens_q. k, v: (T, H, D).
     cu_seqlens_k, cu_seqlens_q: (B + 1) int32, increasing from 0 to T and R. scale: default 1 / sqrt(D).
     implementation: overrides OMNIID_KERNELS. Triton takes fp32, fp16 and bf16 at D from 32 to 128, and trusts bounds
-    that lie on a GPU: to check them there would stall it.
+    that lie on a GPU: to check them there would stall it. Native takes fp32 and bf16 on a CPU.
     The gradient of a shared q is the sum over sequences, in fixed order. Under torch.compile and torch.export this is one
-    opaque operator, which runs the definition unless Triton is asked for.
+    opaque operator, which runs natively where it can and else the definition, unless Triton is asked for.
     Raises ValueError for what does not fit and for an implementation that cannot run.
     """
     scale = _checked_scale(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         chosen = implementation or ""
     else:
-        chosen = pick(
-            "varlen_cross_attention", ("torch", "triton", "reference"), device=q.device.type, wish=implementation
-        )
+        num_queries = q.shape[-3] if cu_seqlens_q is None else q.shape[0] // max(cu_seqlens_q.shape[0] - 1, 1)
+        order = preferred_order(q, num_queries)
+        chosen = pick("varlen_cross_attention", order, device=q.device.type, wish=implementation)
     if chosen == "torch":
         _check_bounds(q, k, cu_seqlens_k, cu_seqlens_q)
-        return _grouped(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
+        return grouped_attention(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
+    if chosen == "native" and not compiling:
+        return native.attention(q, k, v, **_for_native(q, k, cu_seqlens_k, cu_seqlens_q, scale))
     return _operator(q, k, v, cu_seqlens_k, cu_seqlens_q, scale, chosen)[0]
+
+
+def native_is_faster(*, dtype: torch.dtype, num_queries: int, capability: str) -> bool:
+    """Whether the native form beats PyTorch's on a CPU; num_queries of each sequence, capability as
+    `torch.backends.cpu.get_cpu_capability` has it.
+    """
+    if dtype not in native.DTYPES or capability != "AVX2":
+        return False
+    return num_queries >= 8
+
+
+def preferred_order(q: Tensor, num_queries: int) -> tuple[str, ...]:
+    """Implementations in the order in which `auto` tries them for queries q."""
+    first = q.device.type == "cpu" and native_is_faster(
+        dtype=q.dtype, num_queries=num_queries, capability=_cpu_capability()
+    )
+    return ("native", "torch", "triton", "reference") if first else ("torch", "triton", "native", "reference")
+
+
+@torch.compiler.assume_constant_result
+def _cpu_capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +160,12 @@ def _operator(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): lse (H, R) is the logarithm of each softmax's denominator. implementation: "" decides at each run."""
+    chosen = _picked(q, implementation)
+    if chosen == "native":
+        return native.attend(q, k, v, **_for_native(q, k, cu_seqlens_k, cu_seqlens_q, scale))
     if cu_seqlens_k.device.type == "cpu" and (cu_seqlens_q is None or cu_seqlens_q.device.type == "cpu"):
         _check_bounds(q, k, cu_seqlens_k, cu_seqlens_q)
-    if _picked(q, implementation) == "reference":
+    if chosen == "reference":
         return _reference_forward(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
     _check_triton(q, cu_seqlens_k)
     from .triton import varlen_cross_attention as kernels
@@ -178,8 +207,11 @@ def _backward_operator(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
+    chosen = _picked(q, implementation)
+    if chosen == "native":
+        return native.backward(grad, q, k, v, out, lse, **_for_native(q, k, cu_seqlens_k, cu_seqlens_q, scale))
     grad, out = (x.reshape(-1, *x.shape[-2:]).contiguous() for x in (grad, out))
-    if _picked(q, implementation) == "reference":
+    if chosen == "reference":
         return _reference_backward(grad, q, k, v, out, lse, cu_seqlens_k, cu_seqlens_q, scale)
     from .triton import varlen_cross_attention as kernels
 
@@ -205,7 +237,17 @@ def _differentiate(ctx, grad, _):
 _operator.register_autograd(_differentiate, setup_context=_save)
 
 
-def _grouped(
+def _for_native(q: Tensor, k: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor | None, scale: float) -> dict:
+    """Checks what the native form would read out of bounds; its arguments."""
+    check_native("varlen_cross_attention", q)
+    _check_bounds(q, k, cu_seqlens_k, cu_seqlens_q)
+    q_bounds, k_bounds = (
+        None if cu is None else cu.to("cpu", torch.int64).contiguous() for cu in (cu_seqlens_q, cu_seqlens_k)
+    )
+    return {"num_sequences": len(cu_seqlens_k) - 1, "scale": scale, "q_bounds": q_bounds, "k_bounds": k_bounds}
+
+
+def grouped_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor | None, scale: float
 ) -> Tensor:
     """Sequences of one length form a dense batch: exact, no padding, as few calls as there are distinct lengths."""
@@ -296,7 +338,8 @@ def _out_shape(q: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor | None) -> 
 
 def _picked(q: Tensor, implementation: str) -> str:
     # Reached with "" only from compiled code, where PyTorch's own form would have to read lengths while tracing.
-    return pick("varlen_cross_attention", ("reference", "triton"), device=q.device.type, wish=implementation or None)
+    order = ("native", "reference", "triton") if q.dtype in native.DTYPES else ("reference", "triton", "native")
+    return pick("varlen_cross_attention", order, device=q.device.type, wish=implementation or None)
 
 
 def chip_of(q: Tensor) -> tuple[tuple[int, int] | None, int]:
@@ -330,6 +373,14 @@ def check_triton_head(operation: str, q: Tensor) -> None:
         raise ValueError(
             f"{operation} in Triton takes head sizes {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {q.shape[-1]}; "
             "use implementation='auto'"
+        )
+
+
+def check_native(operation: str, q: Tensor) -> None:
+    """Raises ValueError where the native attention does not take the dtype of q."""
+    if q.dtype not in native.DTYPES:
+        raise ValueError(
+            f"{operation} runs natively in float32 and bfloat16, got {q.dtype}; convert or use implementation='auto'"
         )
 
 

@@ -191,6 +191,9 @@ class StageConfig:
     """Flow stage only: the encoder's learning rate relative to the adapter's."""
     conditioning_dropout: float = 0.0
     """Base stage only: share of captions replaced by the empty prompt."""
+    control_double_blocks: int = 4
+    control_single_blocks: int = 10
+    """Control stage only: blocks of the landmark ControlNet. Not stated in the paper; diffusers' defaults for FLUX."""
     autoencoder_steps: int = 0
     """Base stage only: steps of the autoencoder, trained before the transformer."""
     log_every: int = 20
@@ -231,6 +234,8 @@ class TrainConfig:
     base: StageConfig
     mtd: StageConfig
     flow: StageConfig
+    control: StageConfig | None = None
+    """None in presets that were saved before this stage was there."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

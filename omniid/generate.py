@@ -1,5 +1,6 @@
 """Pictures of a person from an identity and a prompt: base pipeline, identity adapter, identities."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from omniid.identity import Identity
 from omniid.weights import weights_folder
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 
@@ -37,9 +39,16 @@ class Generator:
     `pipeline` is any diffusers `FluxPipeline` that fits `adapter`; its parts may be on any device and of any precision.
     """
 
-    def __init__(self, pipeline, adapter, defaults: GenerateDefaults | None = None):
+    def __init__(self, pipeline, adapter, defaults: GenerateDefaults | None = None, controlnet=None):
+        """controlnet: a diffusers `FluxControlNetModel` that reads landmark pictures, from stage `control`."""
         adapter.check_base(pipeline.transformer)
         self.pipeline, self.adapter = pipeline, adapter.requires_grad_(False)
+        self.controlled = None
+        if controlnet is not None:
+            from diffusers import FluxControlNetPipeline
+
+            self.controlled = FluxControlNetPipeline(**pipeline.components, controlnet=controlnet)
+            self.controlled.set_progress_bar_config(disable=True)
         self.defaults = defaults or GenerateDefaults()
         self._projected: dict[bytes, object] = {}
 
@@ -60,6 +69,8 @@ class Generator:
         id_end: float = 1.0,
         negative_prompt: str | None = None,
         negative_scale: float = 2.0,
+        landmarks: "np.ndarray | None" = None,
+        landmark_scale: float = 1.0,
     ) -> "list[Image]":
         """Draws `num_images` pictures; the same arguments give the same pictures on the same machine.
 
@@ -67,8 +78,9 @@ class Generator:
         id_scale: strength of the identity, 0 to leave it out; a tensor (height / 16 * width / 16,) is a map with one
         value per image token, row by row. id_start, id_end: the part of the steps, 0..1, in which identities act.
         negative_scale: how strongly `negative_prompt` pushes away (true classifier-free guidance, twice the time).
-        Picture i has seed `seed + i`. Raises GenerateError for values that cannot be used, AdapterError or
-        IdentityFileError for identities of another encoder.
+        landmarks: (66, 2) in pixels of the picture, where eyes, nose, lips and jaw are to be (`faces.landmarks`);
+        landmark_scale: how strongly. Picture i has seed `seed + i`. Raises GenerateError for values that cannot be used,
+        AdapterError or IdentityFileError for identities of another encoder.
         """
         from omniid.models.identity_adapter import attach_identities
 
@@ -78,6 +90,7 @@ class Generator:
         guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
         self._check(prompt, seed, num_images, height, width, steps, id_start, id_end)
         uses = self._uses(identity, id_scale, num_tokens=(height // 16) * (width // 16))
+        pipeline, control = self._control(landmarks, landmark_scale, width, height)
 
         def is_active(step: int) -> float:
             return 1.0 if id_start <= step / steps < id_end else 0.0
@@ -89,7 +102,7 @@ class Generator:
                 attached.strength = is_active(step + 1)  # called at the end of a step, for the next one
                 return tensors
 
-            drawn = self.pipeline(
+            drawn = pipeline(
                 prompt,
                 negative_prompt=negative_prompt,
                 true_cfg_scale=negative_scale if negative_prompt is not None else 1.0,
@@ -103,6 +116,7 @@ class Generator:
                 max_sequence_length=defaults.max_sequence_length,
                 callback_on_step_end=choose_strength,
                 output_type="pt",
+                **control,
             ).images
         if not torch.isfinite(drawn).all():
             raise GenerateError(
@@ -131,6 +145,27 @@ class Generator:
             raise GenerateError(
                 f"the identity's start and end must satisfy 0 <= start <= end <= 1, got {start} and {end}"
             )
+
+    def _control(self, landmarks, scale: float, width: int, height: int) -> tuple:
+        """The pipeline that draws, and what it is told beside the prompt."""
+        if landmarks is None:
+            return self.pipeline, {}
+        from PIL import Image
+
+        from omniid.faces.landmarks import draw_landmarks
+
+        if self.controlled is None:
+            raise GenerateError(
+                "these weights hold no landmark ControlNet, so landmarks and poses cannot be given; "
+                "train one with: omniid train control"
+            )
+        if not math.isfinite(scale):
+            raise GenerateError(f"the landmarks' scale must be finite, got {scale}")
+        try:
+            picture = Image.fromarray(draw_landmarks(landmarks, (width, height)))
+        except ValueError as error:
+            raise GenerateError(str(error)) from error
+        return self.controlled, {"control_image": picture, "controlnet_conditioning_scale": scale}
 
     def _uses(self, identity, id_scale, num_tokens: int) -> list:
         """Every identity with its keys and values, on the transformer's device, and its scale."""
@@ -184,6 +219,7 @@ def load_generator(
     """
     from omniid.models.flux import load_base
     from omniid.models.identity_adapter import IdentityAdapter
+    from omniid.models.landmark_controlnet import load_landmark_controlnet
 
     folder = weights_folder(name)
     preset = load_preset(folder / "preset.toml").base
@@ -199,4 +235,8 @@ def load_generator(
         max_sequence_length=preset.max_sequence_length,
     )
     loaded = IdentityAdapter.load(adapter or folder / "adapter.safetensors", device)
-    return Generator(load_base(path, dtype).to(device), loaded, defaults)
+    pipeline = load_base(path, dtype).to(device)
+    controlnet = None
+    if (folder / "controlnet").is_dir() and base is None:
+        controlnet = load_landmark_controlnet(folder / "controlnet", pipeline.transformer, dtype).to(device)
+    return Generator(pipeline, loaded, defaults, controlnet)

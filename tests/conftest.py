@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from omniid.config import Preset, load_preset
+from omniid.faces.landmarks import NUM_LANDMARKS
 
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported, by the first test that picks it: its kernels then run on CPU tensors.
@@ -42,7 +43,7 @@ TINY = [
     "base.sizes.num_double_blocks=1", "base.sizes.num_single_blocks=2", "base.sizes.num_heads=2", "base.sizes.head_dim=16",
     "base.sizes.axes_dims=[4, 6, 6]", "base.sizes.t5_width=16", "base.sizes.t5_layers=1", "base.sizes.t5_heads=2",
     "base.sizes.clip_width=16", "base.sizes.clip_layers=1", "base.sizes.clip_heads=2",
-    *(f"train.{stage}.{setting}" for stage in ("base", "mtd", "flow") for setting in (
+    *(f"train.{stage}.{setting}" for stage in ("base", "mtd", "flow", "control") for setting in (
         "batch_identities=4", "num_targets=2", "warmup_steps=2", "steps=8", "save_every=3", "sample_every=4", "log_every=1",
         "precision=fp32", "mirror=0.0", "max_yaw=90.0",
     )),
@@ -71,7 +72,7 @@ def make_rows(num_people: int, images_per_person: int, size: int, seed: int, spl
                 "identity_id": f"{split}-{person}",
                 "images": [encoded(image, "JPEG") for image in images],
                 "masks": [encoded(mask, "PNG")] * images_per_person,
-                "landmarks": [[[0.0, 0.0]] * 5] * images_per_person,
+                "landmarks": rng.uniform(0, size, (images_per_person, NUM_LANDMARKS, 2)).tolist(),
                 "pose": [[0.0, 0.0, 0.0]] * images_per_person,
                 "quality": [1.0] * images_per_person,
                 "captions": ["photo of a person"] * images_per_person,

@@ -1,16 +1,19 @@
 """Generating: deterministic, the identity acts when and where it should, and wrong requests get one sentence."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from omniid.config import preset_to_toml
+from omniid.data.synthetic import template_landmarks
 from omniid.errors import OmniIDError
 from omniid.generate import GenerateError, load_generator
 from omniid.identity import Identity
 from omniid.models.identity_adapter import AdapterError, IdentityAdapter
+from omniid.models.landmark_controlnet import build_landmark_controlnet, save_landmark_controlnet
 from omniid.models.mini_base import build_base
 from omniid.train.base import save_base
 
@@ -169,3 +172,49 @@ def test_an_adapter_of_another_base_is_refused(weights, tiny, tmp_path):
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(OmniIDError, match="no trained weights for"):
         load_generator(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def controlled(weights, tmp_path_factory):
+    """The generator with a landmark ControlNet that has something to say."""
+    folder = tmp_path_factory.mktemp("controlled") / "weights"
+    shutil.copytree(weights, folder)
+    controlnet = build_landmark_controlnet(load_generator(weights).pipeline.transformer, 1, 1)
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.15)
+    save_landmark_controlnet(controlnet, folder / "controlnet")
+    return load_generator(folder)
+
+
+def test_landmarks_steer_the_picture_as_strongly_as_said(controlled, generator):
+    points = template_landmarks(0, 0, 0, size=32)
+    plain = pixels(controlled.generate(person(0), "photo"))
+    assert (plain == pixels(generator.generate(person(0), "photo"))).all()
+    assert (plain == pixels(controlled.generate(person(0), "photo", landmarks=points, landmark_scale=0.0))).all()
+    steered = pixels(controlled.generate(person(0), "photo", landmarks=points))
+    assert (steered != plain).any()
+    turned = pixels(controlled.generate(person(0), "photo", landmarks=template_landmarks(40, 0, 0, size=32)))
+    assert (turned != steered).any()
+
+
+def test_the_identity_acts_beside_landmarks(controlled):
+    points = template_landmarks(0, 0, 0, size=32)
+    pictures = [
+        pixels(controlled.generate(who, "photo", landmarks=points, id_scale=scale))
+        for who, scale in ((person(0), 1.0), (person(1), 1.0), (person(0), 0.0), (None, 1.0))
+    ]
+    assert (pictures[0] != pictures[1]).any() and (pictures[0] != pictures[2]).any()
+    assert (pictures[2] == pictures[3]).all()
+
+
+def test_landmarks_that_cannot_be_used(controlled, generator):
+    with pytest.raises(GenerateError, match="these weights hold no landmark ControlNet"):
+        generator.generate(person(0), "photo", landmarks=template_landmarks(0, 0, 0, size=32))
+    with pytest.raises(GenerateError, match=r"landmarks must be \(66, 2\)"):
+        controlled.generate(person(0), "photo", landmarks=np.zeros((5, 2)))
+    with pytest.raises(GenerateError, match="scale must be finite"):
+        controlled.generate(
+            person(0), "photo", landmarks=template_landmarks(0, 0, 0, size=32), landmark_scale=float("nan")
+        )

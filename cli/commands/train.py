@@ -1,6 +1,7 @@
 """omniid train: the stages."""
 
 import json
+import os
 import sys
 
 import click
@@ -31,6 +32,18 @@ def _stage_options(function):
             "--from",
             "start_from",
             help="Weights folder or preset whose trained parts a new run starts with, instead of random ones.",
+        ),
+        click.option(
+            "--memory",
+            type=click.Choice(["auto", "none", "selective", "full"]),
+            help="What the backward pass computes again to save memory; auto keeps what fits (on a CPU everything). "
+            "Same as --set train.STAGE.memory.",
+        ),
+        click.option(
+            "--shard",
+            is_flag=True,
+            help="Under torchrun, spread weights and optimizer state over the processes (FSDP2) instead of copying them. "
+            "Same as --set train.STAGE.sharding=fsdp2.",
         ),
         click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint in RUN."),
         click.option(
@@ -80,7 +93,10 @@ def _plan_options(function):
 
 @click.group()
 def train() -> None:
-    """Train a stage, e.g. omniid train mtd --data people --run runs/mtd."""
+    """Train a stage, e.g. omniid train mtd --data people --run runs/mtd.
+
+    Several processes: torchrun --no-python --nproc-per-node N -- omniid train ...
+    """
 
 
 @train.command()
@@ -106,6 +122,13 @@ def flow(**options) -> None:
     _plan_or_run("flow", **options)
 
 
+@train.command()
+@_stage_options
+def control(**options) -> None:
+    """Controlled generation: a landmark ControlNet and the adapter train, the encoder is frozen (Sec. 4.2)."""
+    _run("control", **options)
+
+
 def _plan_or_run(name, only_plan, gpus, gpu, efficiency, price, **options) -> None:
     if not only_plan:
         _run(name, **options)
@@ -116,7 +139,7 @@ def _plan_or_run(name, only_plan, gpus, gpu, efficiency, price, **options) -> No
     plan = plan_stage(
         name,
         options["preset"],
-        overrides=options["overrides"],
+        overrides=_overrides(name, **options),
         gpu=gpu,
         num_gpus=gpus,
         efficiency=EFFICIENCY if efficiency is None else efficiency,
@@ -125,8 +148,26 @@ def _plan_or_run(name, only_plan, gpus, gpu, efficiency, price, **options) -> No
     click.echo(json.dumps(plan.to_dict()) if options["as_json"] else plan_text(plan))
 
 
+def _overrides(name, overrides, memory, shard, **unused) -> list[str]:
+    """What `--set`, `--memory` and `--shard` change."""
+    more = [] if memory is None else [f"train.{name}.memory={memory}"]
+    return [*overrides, *more, *([f"train.{name}.sharding=fsdp2"] if shard else [])]
+
+
 def _run(
-    name, preset, data_folder, run_folder, weights_folder, start_from, resume, overrides, device, quiet, as_json
+    name,
+    preset,
+    data_folder,
+    run_folder,
+    weights_folder,
+    start_from,
+    memory,
+    shard,
+    resume,
+    overrides,
+    device,
+    quiet,
+    as_json,
 ) -> None:
     for option, value in (("--data", data_folder), ("--run", run_folder)):
         if value is None:
@@ -141,10 +182,12 @@ def _run(
         weights=weights_folder,
         start_from=start_from,
         resume=resume,
-        overrides=overrides,
+        overrides=_overrides(name, overrides, memory, shard),
         device=device,
         progress=not quiet,
     )
+    if os.environ.get("RANK", "0") != "0":  # one process of several speaks for all
+        return
     if result.interrupted:
         again = " ".join(["omniid", *sys.argv[1:], *([] if resume else ["--resume"])])
         click.echo(f"stopped at step {result.step}, saved; go on with: {again}", err=True)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniid.data.records import RecordError, decode_image, decode_mask
+from omniid.data.records import RecordError, decode_image, decode_mask, scaled_landmarks
+from omniid.faces.landmarks import mirror_landmarks
 
 
 @dataclass(slots=True)
@@ -33,6 +34,8 @@ class Batch:
     """Of each identity in the endless sequence of identities, whatever process and micro-batch it falls to."""
     skipped: list[str]
     """Identities that were damaged and replaced, with the reason."""
+    landmarks: np.ndarray | None = None
+    """(B, T, 66, 2) of the targets in pixels, where asked for."""
 
     def to_device(self, device: torch.device) -> "Batch":
         """A copy on `device` with photos as float32 in [-1, 1]."""
@@ -47,7 +50,8 @@ class FewToManyBatches(torch.utils.data.Dataset):
     """Item s is the batch of step s. Each epoch walks all identities once in a new order.
 
     num_inputs: closed range of |X^s|, drawn per identity. num_targets: |X^r|. max_yaw: degrees beyond which photos are left
-    out. mirror: share of identities shown mirrored, captions included. rank, world_size: this process takes every
+    out. mirror: share of identities shown mirrored, captions included. landmarks: whether batches hold them; records
+    without the 66 points of `faces.landmarks` then count as damaged. rank, world_size: this process takes every
     world_size-th identity of the global batch. Targets are photos that are not among the inputs while there are enough.
     """
 
@@ -64,12 +68,13 @@ class FewToManyBatches(torch.utils.data.Dataset):
         mirror: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
+        landmarks: bool = False,
     ):
         if batch_identities % world_size:
             raise RecordError(f"batch_identities {batch_identities} is not a multiple of the {world_size} processes")
         self.rows, self.size, self.batch_identities = rows, size, batch_identities
         self.num_inputs, self.num_targets, self.seed, self.steps = num_inputs, num_targets, seed, steps
-        self.max_yaw, self.mirror = max_yaw, mirror
+        self.max_yaw, self.mirror, self.landmarks = max_yaw, mirror, landmarks
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
@@ -115,6 +120,10 @@ class FewToManyBatches(torch.utils.data.Dataset):
             "captions": [row["captions"][i] for i in targets],
             "identity_id": row["identity_id"],
         }
+        if self.landmarks:
+            sample["landmarks"] = np.stack(
+                [scaled_landmarks(row["landmarks"][i], row["images"][i], self.size) for i in targets]
+            )
         return mirrored(sample) if rng.random() < self.mirror else sample
 
     @staticmethod
@@ -129,12 +138,15 @@ class FewToManyBatches(torch.utils.data.Dataset):
             identity_ids=[one["identity_id"] for one in samples],
             places=places,
             skipped=[text for one in samples for text in one["skipped"]],
+            landmarks=np.stack([one["landmarks"] for one in samples]) if "landmarks" in samples[0] else None,
         )
 
 
 def mirrored(sample: dict) -> dict:
-    """A sample with all photos of the person mirrored and left and right exchanged in the captions."""
+    """A sample with all photos of the person mirrored and left and right exchanged in captions and landmarks."""
     flipped = {name: sample[name][:, :, ::-1] for name in ("inputs", "targets", "masks")}
+    if "landmarks" in sample:
+        flipped["landmarks"] = mirror_landmarks(sample["landmarks"], sample["targets"].shape[2])
     captions = [re.sub(r"\b(left|right)\b", _other_side, caption) for caption in sample["captions"]]
     return sample | flipped | {"captions": captions}
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from omniid.errors import OmniIDError
+from omniid.faces.landmarks import check_landmarks
 
 COLUMNS = ("identity_id", "images", "masks", "landmarks", "pose", "quality", "captions", "source", "split")
 
@@ -70,3 +71,14 @@ def decode_mask(data: bytes, size: int) -> np.ndarray:
     except (OSError, SyntaxError, ValueError) as error:
         raise RecordError(f"damaged mask ({error})") from error
     return np.asarray(mask) > 127
+
+
+def scaled_landmarks(points: list, image: bytes, size: int) -> np.ndarray:
+    """Landmarks (66, 2) of a stored JPEG in pixels of that picture at `size`. Raises RecordError for other landmarks."""
+    import simplejpeg
+
+    try:
+        width = simplejpeg.decode_jpeg_header(image)[1]
+        return check_landmarks(points) * (size / width)
+    except ValueError as error:
+        raise RecordError(f"unusable landmarks ({error})") from error

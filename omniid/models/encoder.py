@@ -23,11 +23,17 @@ from omniid.errors import OmniIDError
 from omniid.files import atomic_path
 from omniid.kernels.dense_attention import dense_attention
 from omniid.kernels.varlen_cross_attention import varlen_cross_attention
-from omniid.models.transformer import CrossBlock, SelfBlock, init_linear, sincos_positions
+from omniid.models.transformer import (
+    CrossBlock,
+    SelfBlock,
+    grid_points,
+    init_blocks,
+    liken,
+    scattered_points,
+    sincos_positions,
+)
 
 ATTENTION = "omniid"
-QUERY_DEVIATION = 0.5
-"""Standard deviation of the queries' start. Not stated in the paper."""
 
 
 def _tower_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **unused):
@@ -49,8 +55,8 @@ class OmniIDEncoder(nn.Module):
         self.tower_config, self.config, self.preset_name = tower, encoder, preset_name
         self._fingerprint: tuple[tuple, str] | None = None
         self.tower = build_tower(tower)
-        # Large enough to keep the rows of a code apart after the first block has added what all queries read.
-        self.queries = nn.Parameter(torch.randn(encoder.num_queries, encoder.width) * QUERY_DEVIATION)
+        # Each query starts at a place of the face, as the paper finds them to end (Fig. 10); its start is not stated there.
+        self.queries = nn.Parameter(sincos_positions(scattered_points(encoder.num_queries), encoder.width))
         self.cross_blocks = nn.ModuleList(
             CrossBlock(encoder.width, tower.width, encoder.num_heads, encoder.mlp_ratio)
             for _ in range(encoder.num_cross_blocks)
@@ -59,8 +65,8 @@ class OmniIDEncoder(nn.Module):
             SelfBlock(encoder.width, encoder.num_heads, encoder.mlp_ratio) for _ in range(encoder.num_self_blocks)
         )
         self.norm = nn.LayerNorm(encoder.width)
-        self.cross_blocks.apply(init_linear)
-        self.self_blocks.apply(init_linear)
+        self.cross_blocks.apply(init_blocks)
+        self.self_blocks.apply(init_blocks)
         # Photos arrive in [-1, 1]; the tower wants ((x + 1) / 2 - mean) / std = x * gain + shift.
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (tower.image_mean, tower.image_std))
         self.register_buffer("image_gain", 0.5 / std, persistent=False)
@@ -195,9 +201,11 @@ def build_tower(config: TowerConfig) -> CLIPVisionModel:
         )
     )
     embeddings = _vision_model(tower).embeddings
-    tower.apply(init_linear)
+    tower.apply(init_blocks)
     nn.init.xavier_uniform_(embeddings.patch_embedding.weight.data.flatten(1))
-    positions = sincos_positions(config.image_size // config.patch_size, config.width)
+    for layer in _vision_model(tower).encoder.layers:
+        liken(layer.self_attn.k_proj.weight, layer.self_attn.q_proj.weight)
+    positions = sincos_positions(grid_points(config.image_size // config.patch_size), config.width)
     embeddings.position_embedding.weight.data.copy_(torch.cat([torch.zeros(1, config.width), positions]))
     return tower
 

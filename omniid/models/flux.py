@@ -218,21 +218,36 @@ def embed_text(pipeline, prompts: list[str], max_sequence_length: int) -> TextEm
 
 
 def predict_velocity(
-    transformer: nn.Module, latents: Tensor, time: Tensor, text: TextEmbedding, guidance: Tensor
+    transformer: nn.Module,
+    latents: Tensor,
+    time: Tensor,
+    text: TextEmbedding,
+    guidance: Tensor,
+    controlnet: nn.Module | None = None,
+    control: Tensor | None = None,
 ) -> Tensor:
     """V(x_t, t, y) with FLUX's conventions: latents (B, C, h, w) in, velocity eps - x of the same shape out.
 
-    time: (B,) in 0..1, 1 is pure noise. guidance: (B,), ignored by a base without guidance embedding.
+    time: (B,) in 0..1, 1 is pure noise. guidance: (B,), ignored by a model without guidance embedding. controlnet: a
+    diffusers `FluxControlNetModel`, which reads `control`, latents (B, C, h, w) of the control picture.
     """
     height, width = latents.shape[-2:]
-    velocity = transformer(
-        hidden_states=pack_latents(latents),
-        timestep=time,
-        guidance=guidance if transformer.config.guidance_embeds else None,
-        pooled_projections=text.pooled,
-        encoder_hidden_states=text.tokens,
-        txt_ids=torch.zeros(text.tokens.shape[1], 3, device=latents.device),
-        img_ids=image_ids(height, width, latents.device),
-        return_dict=False,
-    )[0]
-    return unpack_latents(velocity, height, width)
+
+    def run(model: nn.Module, **more: object) -> tuple:
+        return model(
+            hidden_states=pack_latents(latents),
+            timestep=time,
+            guidance=guidance if model.config.guidance_embeds else None,
+            pooled_projections=text.pooled,
+            encoder_hidden_states=text.tokens,
+            txt_ids=torch.zeros(text.tokens.shape[1], 3, device=latents.device),
+            img_ids=image_ids(height, width, latents.device),
+            return_dict=False,
+            **more,
+        )
+
+    samples = {}
+    if controlnet is not None:
+        names = ("controlnet_block_samples", "controlnet_single_block_samples")
+        samples = dict(zip(names, run(controlnet, controlnet_cond=pack_latents(control)), strict=True))
+    return unpack_latents(run(transformer, **samples)[0], height, width)

@@ -13,7 +13,7 @@ from omniid.config import DecoderConfig, EncoderConfig
 from omniid.kernels.dense_attention import dense_attention
 from omniid.kernels.masked_rows import pick_rows, spread_rows
 from omniid.kernels.patch_l1 import patch_l1, patch_l1_reference
-from omniid.models.transformer import CrossBlock, SelfBlock, init_linear, sincos_positions
+from omniid.models.transformer import CrossBlock, SelfBlock, grid_points, init_blocks, sincos_positions
 
 
 class MaskedDecoder(nn.Module):
@@ -25,7 +25,9 @@ class MaskedDecoder(nn.Module):
         patch_values = 3 * decoder.patch_size**2
         self.embed = nn.Linear(patch_values, decoder.width)
         self.mask_token = nn.Parameter(torch.randn(decoder.width) * 0.02)
-        self.position = nn.Parameter(sincos_positions(decoder.image_size // decoder.patch_size, decoder.width))
+        self.position = nn.Parameter(
+            sincos_positions(grid_points(decoder.image_size // decoder.patch_size), decoder.width)
+        )
         self.cross_blocks = nn.ModuleList(
             CrossBlock(decoder.width, encoder.width, decoder.num_heads, decoder.mlp_ratio)
             for _ in range(decoder.num_cross_blocks)
@@ -35,7 +37,7 @@ class MaskedDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(decoder.width)
         self.head = nn.Linear(decoder.width, patch_values)
-        self.apply(init_linear)
+        self.apply(init_blocks)
 
     def draw_visible(self, num_identities: int, num_targets: int, generator: torch.Generator) -> Tensor:
         """Random visible patches (B, T, V) int64, sorted, from a CPU generator."""

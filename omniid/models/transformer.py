@@ -89,22 +89,59 @@ class SelfBlock(nn.Module):
         return self.finish(x, dense_attention(self.queries(normed), *self.keys_values(normed)))
 
 
-def init_linear(module: nn.Module) -> None:
-    """Xavier weights and zero biases, as MAE does; for use with `Module.apply`.
+KEY_LIKENESS = 0.9
+"""Correlation of a block's key and query projections at the start; see `init_blocks`."""
+POSITION_SPAN = 16.0
+"""Length of a picture's side in the units whose sines are positions: a patch of the paper's 16 x 16 is one unit."""
 
-    At small widths a fixed deviation of 0.02 leaves attention flat: every query then averages all tokens.
+POSITION_BASE = 20.0
+"""The slowest wave of a position is this many times as long as the fastest. MAE's 10000 would leave most waves constant
+over a picture, and all places alike."""
+
+
+def init_blocks(module: nn.Module) -> None:
+    """Xavier weights and zero biases, as in MAE; key projections start much like query projections.
+
+    For use with `Module.apply`. Keys like queries make attention prefer tokens that resemble the query, above all those
+    of near position (mimetic initialisation, Trockman and Kolter 2023). Where it starts flat, as with a fixed deviation of
+    0.02 at small widths, every query averages all tokens, all rows of a code become one, and learning stands still.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, (CrossBlock, SelfBlock)):
+        keys = module.to_kv.weight[: module.to_q.out_features]
+        if keys.shape == module.to_q.weight.shape:  # a context of the block's own width
+            liken(keys, module.to_q.weight)
 
 
-def sincos_positions(grid: int, width: int) -> Tensor:
-    """2-D sine-cosine position table (grid^2, width), as MAE uses; a learnable start, not a constant here."""
+@torch.no_grad()
+def liken(keys: Tensor, queries: Tensor) -> None:
+    """Mixes query weights into key weights, in place, so that their correlation becomes KEY_LIKENESS."""
+    keys.mul_((1 - KEY_LIKENESS**2) ** 0.5).add_(queries, alpha=KEY_LIKENESS)
+
+
+def grid_points(grid: int) -> Tensor:
+    """Centres (grid^2, 2) of the cells of a square grid, x and y in 0..1, row by row."""
+    centres = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
+
+
+def scattered_points(count: int) -> Tensor:
+    """`count` points (count, 2) that cover the unit square evenly for any count: the R2 sequence (Roberts 2018)."""
+    steps = torch.tensor([0.7548776662466927, 0.5698402909980532], dtype=torch.float64)
+    return (0.5 + torch.arange(1, count + 1, dtype=torch.float64)[:, None] * steps) % 1
+
+
+def sincos_positions(points: Tensor, width: int) -> Tensor:
+    """Sine-cosine positions (N, width) of points (N, 2) in the unit square, as in MAE; a learnable start here.
+
+    Tower, code and decoder share the scale, so that the same place has the same position in all of them.
+    """
     if width % 4:
         raise ValueError(f"width must be a multiple of 4 for 2-D positions, got {width}")
-    frequency = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    angles = [axis.reshape(-1, 1).double() * frequency for axis in (x, y)]
+    frequency = POSITION_BASE ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = [axis.double()[:, None] * POSITION_SPAN * frequency for axis in points.unbind(-1)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()

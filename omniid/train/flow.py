@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from omniid.config import Preset
+from omniid.config import Preset, StageConfig
 from omniid.data.few_to_many import Batch
 from omniid.models.encoder import OmniIDEncoder, load_weights
 from omniid.models.flux import TextEmbedding, embed_text, encode_images, load_base, predict_velocity
@@ -23,13 +23,15 @@ class FlowStage:
 
     name = "flow"
     needs_whole_batch = False
+    controlnet: nn.Module | None = None
 
-    def __init__(self, preset: Preset, weights: Path):
+    def __init__(self, preset: Preset, weights: Path, config: StageConfig | None = None):
         """`weights` holds the encoder that stage `mtd` exported, and the base if the preset says "embedded"."""
-        self.preset, self.config = preset, preset.train.flow
+        self.preset, self.config = preset, config or preset.train.flow
         self.encoder = _encoder_from(preset, weights)
         self.pipeline = load_base(weights / "base" if preset.base.path == "embedded" else preset.base.path)
         self.transformer = self.pipeline.transformer.requires_grad_(False)
+        self.frozen = (self.transformer,)
         self.vae = self.pipeline.vae.requires_grad_(False).to(memory_format=torch.channels_last)
         self.text = self._embed_prompt()
         self.adapter = IdentityAdapter.for_transformer(self.transformer, preset.encoder.width)
@@ -40,18 +42,23 @@ class FlowStage:
         self._move_to(images.device)
         with torch.no_grad():
             latents = encode_images(self.vae, images)
+            control = self._control(batch)
         time, noise = draw_noise(latents, self.config.timestep_sampling, generators)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
-        error = self._error(codes, latents, time, noise)
+        error = self._error(codes, latents, control, time, noise)
         if self.model.training:
             return error, {}
-        return error, {"identity_gap": self._error(codes.roll(1, dims=0), latents, time, noise) / error}
+        return error, {"identity_gap": self._error(codes.roll(1, dims=0), latents, control, time, noise) / error}
 
     def weight(self, batch: Batch) -> float:
         """Targets: Eq. 7 counts each alike."""
         return float(batch.targets.shape[0] * batch.targets.shape[1])
 
-    def _error(self, codes: Tensor, latents: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+    def _control(self, batch: Batch) -> Tensor | None:
+        """Latents (B * T, C, h, w) that the stage's ControlNet reads, if it has one."""
+        return None
+
+    def _error(self, codes: Tensor, latents: Tensor, control: Tensor | None, time: Tensor, noise: Tensor) -> Tensor:
         """Eq. 7 for latents (B * T, C, h, w) of T targets of each of the B people in codes (B, L, C)."""
         # Every target of a person gets that person's tokens.
         kv = self.adapter.project(codes).repeat(len(latents) // len(codes))
@@ -59,7 +66,7 @@ class FlowStage:
         guidance = torch.full((len(latents),), GUIDANCE, device=latents.device)
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            return predict_velocity(self.transformer, noisy, time, text, guidance)
+            return predict_velocity(self.transformer, noisy, time, text, guidance, self.controlnet, control)
 
         with attach_identities(self.transformer, [IdentityUse(kv)], for_training=True):
             return flow_matching_loss(velocity, latents, time, noise).mean()
@@ -72,25 +79,29 @@ class FlowStage:
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Rows: up to eight identities. Columns: first and last input, a target, two generated pictures."""
         rows, ends = min(8, len(batch.targets)), batch.cu_inputs.long()
+        drawn = self._draw(self.pipeline, batch, rows, 2, generator)
+        shown = [batch.inputs[ends[:rows]], batch.inputs[ends[1 : rows + 1] - 1], batch.targets[:rows, 0]]
+        return columns(*shown, *drawn.unbind(1))
+
+    def _draw(self, pipeline, batch: Batch, rows: int, count: int, generator: torch.Generator, **control) -> Tensor:
+        """`count` pictures (rows, count, 3, H, W) in [-1, 1] of each of the first `rows` people."""
         self._move_to(batch.targets.device)
-        kv = self.adapter.project(self.encoder(batch.inputs[: ends[rows]], batch.cu_inputs[: rows + 1])).repeat(2)
-        text = self.text.expand(2 * rows)
+        end = int(batch.cu_inputs[rows])
+        kv = self.adapter.project(self.encoder(batch.inputs[:end], batch.cu_inputs[: rows + 1])).repeat(count)
+        text, base = self.text.expand(count * rows), self.preset.base
         with attach_identities(self.transformer, [IdentityUse(kv)]):
-            drawn = self.pipeline(
+            drawn = pipeline(
                 prompt_embeds=text.tokens,
                 pooled_prompt_embeds=text.pooled,
-                height=self.preset.base.image_size,
-                width=self.preset.base.image_size,
-                num_inference_steps=self.preset.base.num_inference_steps,
-                guidance_scale=self.preset.base.guidance_scale,
+                height=base.image_size,
+                width=base.image_size,
+                num_inference_steps=base.num_inference_steps,
+                guidance_scale=base.guidance_scale,
                 generator=generator,
                 output_type="pt",
+                **control,
             ).images
-        drawn = (drawn.to(batch.targets) * 2 - 1).unflatten(0, (rows, 2))
-        size = drawn.shape[-2:]
-        shown = [batch.inputs[ends[:rows]], batch.inputs[ends[1 : rows + 1] - 1], batch.targets[:rows, 0]]
-        shown = [nn.functional.interpolate(images, size, mode="bilinear", antialias=True) for images in shown]
-        return torch.cat([torch.stack(shown, dim=1), drawn], dim=1)
+        return (drawn.to(batch.targets) * 2 - 1).unflatten(0, (rows, count))
 
     def export(self, folder: Path) -> None:
         self.encoder.save(folder / "encoder.safetensors")
@@ -106,6 +117,7 @@ class FlowStage:
         return text
 
     def _move_to(self, device: torch.device) -> None:
+        self.encoder.to(device)
         self.vae.to(device)
         self.transformer.to(device)
         self.text = self.text.to(device)
@@ -115,3 +127,9 @@ def _encoder_from(preset: Preset, folder: Path) -> OmniIDEncoder:
     encoder = OmniIDEncoder(preset.tower, preset.encoder, preset.name)
     load_weights(encoder, folder / "encoder.safetensors")
     return encoder
+
+
+def columns(*pictures: Tensor) -> Tensor:
+    """Pictures (rows, 3, H, W) of any sizes side by side: (rows, columns, 3, H, W) of the last one's size."""
+    size = pictures[-1].shape[-2:]
+    return torch.stack([nn.functional.interpolate(x, size, mode="bilinear", antialias=True) for x in pictures], dim=1)

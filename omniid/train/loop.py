@@ -9,6 +9,7 @@ part counting as much as it weighs.
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,10 @@ from omniid.data.few_to_many import Batch, FewToManyBatches
 from omniid.errors import OmniIDError
 from omniid.train import checkpoint as checkpoints
 from omniid.train.draws import identity_generators
+from omniid.train.hardware import USABLE_MEMORY
+from omniid.train.memory import recompute_blocks
 from omniid.train.optimizer import build_optimizer
+from omniid.train.plan import choose_memory
 from omniid.train.precision import choose_precision
 from omniid.train.schedule import ema_decay, learning_rate
 from omniid.train.sharding import (
@@ -95,9 +99,16 @@ class Trainer:
         self.run_folder = Path(run_folder)
         on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
         precision = choose_precision(config.precision, on_cpu)
-        self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu)
+        # accelerate keeps one precision for the whole process; runs of several may follow one another, so autocast is ours.
+        self.accelerator = Accelerator(cpu=on_cpu)
+        self.precision = precision
         self.is_main = self.accelerator.is_main_process
         self._check_split()
+        self.memory = self._choose_memory(precision)
+        for frozen in stage.frozen:
+            frozen.to(torch.float32 if precision == "fp32" else torch.bfloat16)
+        for module in (stage.model, *stage.frozen):
+            recompute_blocks(module, self.memory)
         self.step = 0
         self.bad_records: list[str] = []
         """Of this process, and on the main one those of earlier runs; `num_bad` counts them over all processes."""
@@ -119,6 +130,19 @@ class Trainer:
         n = config.num_validation_inputs
         # Another seed than training's; the same batch and the same noise at every validation.
         self.validation = self._batches(validation_rows, size, (n, n), held_out, config.seed + 1, 1)[0]
+
+    def _choose_memory(self, precision: str) -> str:
+        """What is computed again in the backward pass; `auto` is said aloud, for it depends on the machine."""
+        wish, device = self.config.memory, self.accelerator.device
+        if wish != "auto" or device.type != "cuda":
+            return "none" if wish == "auto" else wish
+        usable = torch.cuda.get_device_properties(device).total_memory * USABLE_MEMORY
+        mode = choose_memory(
+            self.stage.name, self.preset, self.config, precision, self.accelerator.num_processes, usable
+        )
+        if self.is_main and self.progress:
+            tqdm.write(f"memory: {mode}, by the plan for {usable / 1e9:.0f} GB", file=sys.stderr)
+        return mode
 
     def _check_split(self) -> None:
         config, processes = self.config, self.accelerator.num_processes
@@ -206,7 +230,7 @@ class Trainer:
         for index, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
             generators = identity_generators(config.seed, batch.places)
             with gradients_shared(self.module, share=index == len(micro_batches) - 1):
-                with accelerator.autocast():
+                with self._autocast():
                     loss, metrics = self.module(batch.to_device(accelerator.device), generators)
                 # Gradients are averaged over processes: the loss is scaled so that their mean is the global batch's.
                 accelerator.backward(loss * (weight / total * accelerator.num_processes))
@@ -230,6 +254,9 @@ class Trainer:
         decay = ema_decay(self.step, config.ema_decay)
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - decay)
         return numbers
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _summed(self, numbers: dict) -> dict[str, float]:
         """Each number summed over all processes."""
@@ -286,7 +313,7 @@ class Trainer:
         """
         batch = self.validation.to_device(self.accelerator.device)
         generators = identity_generators(self.config.seed + 1, batch.places)
-        with self.averaged_weights(), self.accelerator.autocast():
+        with self.averaged_weights(), self._autocast():
             self.stage.model.eval()
             loss, numbers = self.stage.loss(batch, generators)
             weight = self.stage.weight(batch)
@@ -303,7 +330,7 @@ class Trainer:
         accelerator = self.accelerator
         return FewToManyBatches(
             rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps, self.config.max_yaw, mirror,
-            accelerator.process_index, accelerator.num_processes,
+            accelerator.process_index, accelerator.num_processes, getattr(self.stage, "needs_landmarks", False),
         )  # fmt: skip
 
     def _loader(self, start: int):

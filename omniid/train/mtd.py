@@ -19,6 +19,7 @@ class MTDStage:
 
     name = "mtd"
     needs_whole_batch = False
+    frozen = ()
 
     def __init__(self, preset: Preset):
         self.encoder = OmniIDEncoder.from_preset(preset)

@@ -154,6 +154,15 @@ def fitting_mode(memory: dict[str, Memory], usable: float) -> str:
     return next((mode for mode in MODES if memory[mode].total <= usable), MODES[-1])
 
 
+def choose_memory(stage: str, preset: Preset, config: StageConfig, precision: str, num_gpus: int, usable: float) -> str:
+    """The memory mode that `auto` stands for on GPUs with `usable` bytes; stages without a plan keep everything."""
+    if stage not in ("mtd", "flow"):
+        return "none"
+    costs = {mode: count_costs(stage, preset, precision, mode) for mode in MODES}
+    memory = {mode: memory_of(parts, costs["none"], config, precision, num_gpus) for mode, parts in costs.items()}
+    return fitting_mode(memory, usable)
+
+
 def memory_of(parts: list[Part], parts_kept: list[Part], config: StageConfig, precision: str, num_gpus: int) -> Memory:
     """Memory of one of `num_gpus` GPUs; parts_kept: the same parts where nothing is computed again."""
     trained = sum(part.parameters for part in parts if part.is_trained)

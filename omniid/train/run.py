@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from omniid.config import load_preset
+from omniid.config import ConfigError, load_preset
 from omniid.data.records import open_records
 from omniid.models.encoder import load_weights
 from omniid.models.identity_adapter import IdentityAdapter
@@ -26,7 +26,7 @@ def run_stage(
     device: str = "auto",
     progress: bool = True,
 ) -> RunResult:
-    """Trains stage `base`, `mtd` or `flow` and exports its averaged weights into the `weights` folder.
+    """Trains stage `base`, `mtd`, `flow` or `control` and exports its averaged weights into the `weights` folder.
 
     The folder `weights` (default `run_folder/weights`) is where `flow` finds the encoder that `mtd` exported and the
     base that `base` exported, unless the preset names another base. An interrupted run exports nothing.
@@ -36,6 +36,8 @@ def run_stage(
     """
     settings = load_preset(preset, overrides)
     config = getattr(settings.train, name)
+    if config is None:
+        raise ConfigError(f"preset {settings.name!r} has no [train.{name}]; take it from the preset mini or paper")
     weights = Path(weights or Path(run_folder) / "weights")
     rows = open_records(data, "train"), open_records(data, "validation")
     torch.manual_seed(config.seed)  # initial weights
@@ -61,6 +63,13 @@ def _stages(name, settings, weights, run_folder, config, start):
         if start is not None:
             load_weights(stage.encoder, start / "encoder.safetensors")
             load_weights(stage.decoder, start / "decoder.safetensors")
+        yield stage, run_folder, config
+    elif name == "control":
+        from omniid.train.control import ControlStage
+
+        stage = ControlStage(settings, weights)
+        if start is not None:
+            stage.load(start)
         yield stage, run_folder, config
     elif name == "flow":
         from omniid.train.flow import FlowStage

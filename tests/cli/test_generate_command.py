@@ -1,6 +1,7 @@
 """`omniid generate`: the PNG and its metadata, and one sentence for everything that cannot be."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from PIL import Image
 
 from omniid.cli.main import main
 from omniid.config import preset_to_toml
+from omniid.data.synthetic import template_landmarks
 from omniid.identity import Identity
+from omniid.models.flux import load_base
 from omniid.models.identity_adapter import IdentityAdapter
+from omniid.models.landmark_controlnet import build_landmark_controlnet, save_landmark_controlnet
 from omniid.models.mini_base import build_base
 from omniid.train.base import save_base
 
@@ -116,3 +120,33 @@ def test_missing_identity_weights_and_other_encoders_are_one_sentence(weights, t
         assert message in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt"]
+
+
+def test_pose_and_landmarks_go_to_the_controlnet(weights, identity, tmp_path):
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    transformer = load_base(folder / "base").transformer
+    save_landmark_controlnet(build_landmark_controlnet(transformer, 1, 1), folder / "controlnet")
+    points = template_landmarks(10, 0, 0, size=64).tolist()
+    (tmp_path / "face.json").write_text(json.dumps({"width": 64, "height": 64, "points": points}))
+    common = ("--id", identity, "--prompt", "photo", "--preset", folder, "-o", tmp_path / "out.png", "--json")
+    for option in (("--pose", "20,-5,0"), ("--landmarks", tmp_path / "face.json")):
+        result = run(*common, *option)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)[0]["landmark_scale"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--pose", "20,5"), 2, "'20,5' is no pose; write three angles in degrees, like 20,-5,0"),
+        (("--pose", "80,0,0"), 2, "yaw is 80.0 degrees, expected -60 to 60"),
+        (("--pose", "0,0,0", "--landmarks", "face.json"), 2, "give one of them"),
+        (("--landmarks", "missing.json"), 1, "landmarks cannot be read from missing.json"),
+        (("--pose", "0,0,0"), 1, "hold no landmark ControlNet"),
+    ],
+)
+def test_poses_and_landmarks_that_cannot_be(weights, identity, tmp_path, options, code, words):
+    result = run("--id", identity, "--prompt", "photo", "--preset", weights, "-o", tmp_path / "out.png", *options)
+    assert result.exit_code == code
+    assert words in " ".join(result.output.split())

@@ -6,6 +6,7 @@ import torch
 
 from omniid.data.few_to_many import FewToManyBatches, mirrored
 from omniid.data.records import RecordError, decode_image, decode_mask, open_records
+from omniid.faces.landmarks import NUM_LANDMARKS, mirror_landmarks
 
 
 def batches(rows, **changes):
@@ -91,6 +92,34 @@ def test_mirrored_captions_exchange_left_and_right():
         "looking to the right, light from the left",
         "leftover",
     ]
+
+
+def with_landmarks(rows):
+    points = np.random.default_rng(0).uniform(0, 32, (len(rows), 6, NUM_LANDMARKS, 2))
+    return [dict(rows[i]) | {"landmarks": points[i].tolist()} for i in range(len(rows))], points
+
+
+def test_landmarks_come_in_pixels_of_the_size_asked_for(rows):
+    listed, points = with_landmarks(rows)
+    batch = batches(listed, size=16, landmarks=True)[0]
+    for name, found in zip(batch.identity_ids, batch.landmarks, strict=True):
+        known = points[int(name.split("-")[1])] / 2
+        assert all(np.isclose(one, known).all((1, 2)).any() for one in found)
+    assert batches(rows)[0].landmarks is None
+
+
+def test_landmarks_of_mirrored_people_are_mirrored(rows):
+    listed, _ = with_landmarks(rows)
+    plain, mirror = (batches(listed, landmarks=True, mirror=share)[1] for share in (0.0, 1.0))
+    np.testing.assert_allclose(mirror.landmarks, mirror_landmarks(plain.landmarks, 32))
+
+
+def test_records_with_other_landmarks_are_damaged_only_where_landmarks_are_asked_for(rows):
+    listed, _ = with_landmarks(rows)
+    listed[3] = listed[3] | {"landmarks": [points[:5] for points in listed[3]["landmarks"]]}
+    reported = [text for step in range(5) for text in batches(listed, batch_identities=2, landmarks=True)[step].skipped]
+    assert len(reported) == 1 and reported[0].startswith("train-3: unusable landmarks (landmarks must be (66, 2)")
+    assert not any(batches(listed, batch_identities=2)[step].skipped for step in range(5))
 
 
 def damaged(rows, *places):

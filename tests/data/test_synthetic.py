@@ -13,14 +13,13 @@ from PIL import Image
 from omniid.data.synthetic import (
     CAPTION_WORDS,
     EXPRESSIONS,
-    LANDMARK_GROUPS,
-    NUM_LANDMARKS,
     Person,
     View,
     render,
     write_records,
 )
 from omniid.faces.align import TEMPLATE
+from omniid.faces.landmarks import NUM_LANDMARKS, landmark_group
 
 
 def frontal(seed: int = 0, **changes: object) -> View:
@@ -29,12 +28,7 @@ def frontal(seed: int = 0, **changes: object) -> View:
 
 
 def group(landmarks: np.ndarray, name: str) -> np.ndarray:
-    start = 0
-    for key, count in LANDMARK_GROUPS:
-        if key == name:
-            return landmarks[start : start + count]
-        start += count
-    raise KeyError(name)
+    return landmarks[landmark_group(name)]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from omniid.kernels import add_identity_attention as module
+from omniid.kernels._native_library import library
 from omniid.kernels.add_identity_attention import (
     FP8,
     IdentityTiles,
@@ -11,6 +13,10 @@ from omniid.kernels.add_identity_attention import (
     add_identity_attention_reference,
     identity_tiles,
 )
+from omniid.kernels.dense_attention import dense_attention
+
+needs_native = pytest.mark.skipif(library() is None, reason="the native library is not built")
+NATIVE = pytest.param("native", marks=needs_native)
 
 
 def inputs(batch, queries, keys, heads, size, dtype=torch.float32, device="cpu"):
@@ -24,7 +30,7 @@ def inputs(batch, queries, keys, heads, size, dtype=torch.float32, device="cpu")
 SHAPES = [(1, 1, 1, 1, 32), (2, 37, 19, 2, 80), (1, 129, 257, 1, 128)]
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", ["auto", "reference", NATIVE])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(shape, implementation):
     out, q, k, v, scale = inputs(*shape)
@@ -38,7 +44,7 @@ def test_matches_float64(shape, implementation):
         torch.testing.assert_close(place.double(), exact, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("implementation", ["auto", "reference", "triton", NATIVE])
 def test_one_identity_serves_all_pictures(implementation, triton_device):
     out, q, k, v, _ = inputs(3, 5, 7, 1, 32, device=triton_device if implementation == "triton" else "cpu")
     one = [x[:1].detach().clone().requires_grad_() for x in (k, v)]
@@ -61,17 +67,20 @@ def test_several_identities_are_several_calls():
     torch.testing.assert_close(both, apart, atol=1e-5, rtol=1e-5)
 
 
-def check_triton(shape, dtype, device, assert_accurate):
+def torchs(out, q, k, v, scale):
+    """What PyTorch alone makes of it, in the inputs' dtype."""
+    return (out + scale.to(q.dtype)[..., None, None] * dense_attention(q, k, v)).to(out.dtype)
+
+
+def check(implementation, shape, dtype, device, assert_accurate):
     out, q, k, v, scale = inputs(*shape, dtype, device)
     exact = add_identity_attention_reference(*(x.double() for x in (out, q, k, v)), scale.double())
     before = [x.clone() for x in (q, k, v, scale)]
-    outs = {}
-    for implementation in ("triton", "auto"):
-        rows = torch.full((shape[0], shape[1] + 3, *out.shape[2:]), float("nan"), dtype=dtype, device=device)
-        place = rows[:, 3:].copy_(out)
-        outs[implementation] = add_identity_attention_(place, q, k, v, scale, implementation=implementation)
-        assert rows[:, :3].isnan().all(), "wrote outside of out"
-    assert_accurate("out", outs["triton"], outs["auto"], exact)
+    rows = torch.full((shape[0], shape[1] + 3, *out.shape[2:]), float("nan"), dtype=dtype, device=device)
+    place = rows[:, 3:].copy_(out)
+    add_identity_attention_(place, q, k, v, scale, implementation=implementation)
+    assert rows[:, :3].isnan().all(), "wrote outside of out"
+    assert_accurate("out", place, torchs(out, q, k, v, scale), exact)
     for x, old in zip((q, k, v, scale), before, strict=True):
         assert torch.equal(x, old), "an input changed"
 
@@ -79,13 +88,20 @@ def check_triton(shape, dtype, device, assert_accurate):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton_is_as_accurate_as_torch(shape, dtype, triton_device, poisoned, assert_accurate):
-    check_triton(shape, dtype, triton_device, assert_accurate)
+    check("triton", shape, dtype, triton_device, assert_accurate)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 64, 32, 3, 64), (1, 17, 13, 5, 37), (2, 16, 129, 1, 1)], ids=str)
+def test_native_is_as_accurate_as_torch(shape, dtype, poisoned, assert_accurate):
+    check("native", shape, dtype, "cpu", assert_accurate)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 4096, 256, 24, 128), (1, 1000, 600, 24, 128), (4, 64, 32, 3, 64)], ids=str)
 def test_triton_in_bfloat16(shape, triton_device, poisoned, assert_accurate):
-    check_triton(shape, torch.bfloat16, triton_device, assert_accurate)
+    check("triton", shape, torch.bfloat16, triton_device, assert_accurate)
 
 
 @pytest.mark.parametrize("resident", [True, False], ids=["resident", "through L2"])
@@ -98,7 +114,7 @@ def test_triton_at_several_tiles_a_program(resident, triton_device):
     torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("implementation", ["auto", "reference", "triton", NATIVE])
 def test_fp8_keys_and_values(implementation, request):
     device = request.getfixturevalue("triton_device") if implementation == "triton" else "cpu"
     out, q, k, v, scale = inputs(1, 9, 19, 2, 32, device=device)
@@ -128,27 +144,73 @@ def test_gradients(implementation):
     assert torch.autograd.gradcheck(lambda *x: add_identity_attention(*x, implementation=implementation), leaves)
 
 
-def test_triton_gradients_are_as_accurate_as_torchs(triton_device, poisoned, assert_accurate):
-    tensors = inputs(2, 37, 19, 1, 80, device=triton_device)
-    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(triton_device)
+def check_gradients(implementation, shape, dtype, device, assert_accurate):
+    tensors = [x.to(dtype) for x in inputs(*shape, dtype, device)]
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    before = [x.clone() for x in (*tensors, grad)]
 
-    def run(implementation, dtype):
+    def run(function, dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
-        out = add_identity_attention(*leaves, implementation=implementation)
-        return out, *torch.autograd.grad(out, leaves, grad.to(dtype))
+        out = function(*leaves)
+        first = torch.autograd.grad(out, leaves, grad.to(dtype), retain_graph=True)
+        return out, *first, *torch.autograd.grad(out, leaves, grad.to(dtype))
 
-    results = run("triton", torch.float32), run("auto", torch.float32), run("auto", torch.float64)
-    for name, *three in zip(("sum", "out", "q", "k", "v", "scale"), *results, strict=True):
+    def attend(*x):
+        return add_identity_attention(*x, implementation=implementation)
+
+    results = run(attend, dtype), run(torchs, dtype), run(torchs, torch.float64)
+    for name, *three in zip(("sum", "out", "q", "k", "v", "scale"), *results, strict=False):
         assert_accurate(name, *three)
+    for first, second in zip(results[0][1:6], results[0][6:], strict=True):
+        assert torch.equal(first, second), "a second backward differs"
+    for x, old in zip((*tensors, grad), before, strict=True):
+        assert torch.equal(x, old), "an input changed"
     with torch.no_grad():
-        inference = add_identity_attention(*tensors, implementation="triton")
-    assert_accurate("without gradients", inference, results[1][0], results[2][0])
+        assert_accurate("without gradients", attend(*tensors), results[1][0], results[2][0])
+
+
+def test_triton_gradients_are_as_accurate_as_torchs(triton_device, poisoned, assert_accurate):
+    check_gradients("triton", (2, 37, 19, 1, 80), torch.float32, triton_device, assert_accurate)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(2, 37, 19, 1, 80), (3, 64, 32, 3, 64), (1, 1, 129, 2, 17)], ids=str)
+def test_native_gradients_are_as_accurate_as_torchs(shape, dtype, poisoned, assert_accurate):
+    check_gradients("native", shape, dtype, "cpu", assert_accurate)
+
+
+@needs_native
+def test_the_number_of_threads_changes_nothing():
+    out, q, k, v, scale = inputs(2, 150, 70, 3, 40, torch.bfloat16)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(add_identity_attention_(out.clone(), q, k, v, scale, implementation="native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@needs_native
+def test_autograd_notices_that_out_changed():
+    out, q, k, v, _ = inputs(1, 5, 7, 2, 32)
+    out = out.clone().requires_grad_()
+    square = out.square().sum()
+    with torch.no_grad():
+        add_identity_attention_(out, q, k, v, implementation="native")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+    with torch.inference_mode():
+        assert add_identity_attention_(out.clone(), q, k, v, implementation="native").isfinite().all()
 
 
 def test_no_pictures_and_no_tokens(triton_device):
     for shape in ((0, 5, 7, 2, 32), (1, 0, 7, 2, 32)):
         out, q, k, v, scale = inputs(*shape, device=triton_device)
-        for implementation in ("auto", "reference", "triton"):
+        for implementation in ("auto", "reference", "triton", *(["native"] if library() else [])):
             assert add_identity_attention_(out, q, k, v, scale, implementation=implementation).shape == q.shape
 
 
@@ -157,7 +219,7 @@ def test_zero_values_change_nothing_to_the_bit():
     assert torch.equal(add_identity_attention(out, q, k, v * 0, 0.7), out)
 
 
-@pytest.mark.parametrize("implementation", [None, "triton"])
+@pytest.mark.parametrize("implementation", [None, "triton", NATIVE])
 def test_can_be_compiled(implementation, triton_device):
     *tensors, scale = inputs(1, 5, 7, 1, 32, device=triton_device)
 
@@ -166,6 +228,26 @@ def test_can_be_compiled(implementation, triton_device):
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors, scale)
     torch.testing.assert_close(compiled, add_identity_attention_reference(*tensors, scale), atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+def test_native_can_be_exported_and_trained_compiled():
+    tensors = [x.detach().clone().requires_grad_() for x in inputs(2, 5, 7, 1, 32)]
+
+    class Model(torch.nn.Module):
+        def forward(self, *x):
+            return add_identity_attention(*x, implementation="native")
+
+    expected = add_identity_attention_reference(*tensors)
+    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")(*tensors)
+    torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), tensors) for x in (compiled, expected)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    plain = tuple(x.detach() for x in tensors)
+    with torch.no_grad():
+        program = torch.export.export(Model(), plain)
+    torch.testing.assert_close(program.module()(*plain), expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.library.opcheck(module._operator, (*plain, 0.0, None, None, "native"), test_utils="test_faketensor")
 
 
 def test_wrong_inputs_are_refused(triton_device):
@@ -189,13 +271,33 @@ def test_wrong_inputs_are_refused(triton_device):
         ((out.clone().requires_grad_(), q, k, v), {}, "use add_identity_attention, or torch.no_grad"),
         ((out, q, k, v, scale.clone().requires_grad_()), {}, "has no gradient"),
         ((out[:1, :1].expand_as(out), q, k, v), {}, "one value in several places"),
-        ((out, q, k, v), {"implementation": "native"}, "has no native implementation"),
     ):
         with pytest.raises(ValueError, match=words):
             add_identity_attention_(*arguments, **options)
     turned = out.transpose(2, 3).contiguous().transpose(2, 3).to(triton_device)
     with pytest.raises(ValueError, match="channels side by side"):
         add_identity_attention_(turned, *(x.to(triton_device) for x in (q, k, v)), implementation="triton")
+
+
+@needs_native
+def test_native_refuses_what_it_cannot_do():
+    out, q, k, v, scale = inputs(2, 5, 7, 2, 32)
+    turned = out.transpose(2, 3).contiguous().transpose(2, 3)
+    for arguments, words in (
+        (
+            (out.double(), q.double(), k.double(), v.double()),
+            "runs natively in float32 and bfloat16, got torch.float64",
+        ),
+        ((out.bfloat16(), q, k, v), "natively in one dtype, got torch.bfloat16 and torch.float32; convert one"),
+        ((turned, q, k, v), "natively needs out with its channels side by side"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            add_identity_attention_(*arguments, scale, implementation="native")
+        place = arguments[0].clone()
+        assert add_identity_attention_(place, *arguments[1:], scale) is place, "auto takes another implementation"
+    differentiated = [x.double().requires_grad_() for x in (out, q, k, v)]
+    with pytest.raises(ValueError, match="runs natively in float32 and bfloat16"):
+        add_identity_attention(*differentiated, implementation="native")
 
 
 def test_tiles_follow_from_sizes():

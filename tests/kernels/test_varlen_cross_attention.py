@@ -8,13 +8,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from omniid.kernels import varlen_cross_attention as module
+from omniid.kernels._native_library import library
 from omniid.kernels.varlen_cross_attention import (
     Tiles,
     backward_tiles,
     forward_tiles,
+    native_is_faster,
     varlen_cross_attention,
     varlen_cross_attention_reference,
 )
+
+needs_native = pytest.mark.skipif(library() is None, reason="the native library is not built")
+NATIVE = pytest.param("native", marks=needs_native)
 
 
 def one_by_one(q, k, v, cu, cu_q=None):
@@ -49,7 +54,7 @@ def inputs(kind, lengths, queries, heads, size, dtype=torch.float32, device="cpu
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     kind=st.sampled_from(["shared", "batched", "packed"]),
-    implementation=st.sampled_from(["auto", "reference"]),
+    implementation=st.sampled_from(["auto", "reference", *(["native"] if library() else [])]),
     heads=st.sampled_from([1, 3]),
     size=st.sampled_from([32, 80, 128]),
     seed=st.integers(0, 1000),
@@ -69,30 +74,106 @@ CASES = [
 ]
 
 
-def check_triton(case, device, assert_accurate):
+def check(implementation, case, device, assert_accurate):
     kind, lengths, queries, heads, size, dtype = case
     q, k, v, cu, cu_q = inputs(kind, lengths, queries, heads, size, dtype, device)
-    before = [x.clone() for x in (q, k, v)]
-    grad = torch.randn(one_by_one(q, k, v, cu, cu_q).shape, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(one_by_one(q, k, v, cu, cu_q).shape, generator=torch.Generator().manual_seed(1)).to(q)
+    before = [x.clone() for x in (q, k, v, grad)]
 
-    def run(implementation, dtype):
+    def run(attend, dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        out = varlen_cross_attention(*leaves, cu, cu_seqlens_q=cu_q, implementation=implementation)
-        first = torch.autograd.grad(out, leaves, grad.to(out), retain_graph=True)
-        return out, *first, *torch.autograd.grad(out, leaves, grad.to(out))
+        out = attend(*leaves)
+        first = torch.autograd.grad(out, leaves, grad.to(dtype), retain_graph=True)
+        return out, *first, *torch.autograd.grad(out, leaves, grad.to(dtype))
 
-    actual, own, exact = run("triton", dtype), run("auto", dtype), run("auto", torch.float64)
+    def attend(q, k, v):
+        return varlen_cross_attention(q, k, v, cu, cu_seqlens_q=cu_q, implementation=implementation)
+
+    def torchs(q, k, v):
+        return module.grouped_attention(q, k, v, cu, cu_q, q.shape[-1] ** -0.5)
+
+    actual, own, exact = run(attend, dtype), run(torchs, dtype), run(torchs, torch.float64)
     for name, *three in zip(("out", "dq", "dk", "dv"), actual, own, exact, strict=False):
         assert_accurate(name, *three)
     for first, second in zip(actual[1:4], actual[4:], strict=True):
         assert torch.equal(first, second), "a second backward differs"
-    for x, old in zip((q, k, v), before, strict=True):
+    for x, old in zip((q, k, v, grad), before, strict=True):
         assert torch.equal(x, old), "an input changed"
+    with torch.no_grad():
+        assert torch.equal(attend(q, k, v), actual[0]), "without gradients the result differs"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-d{case[4]}-{str(case[5])[6:]}")
 def test_triton_is_as_accurate_as_torch(case, triton_device, poisoned, assert_accurate):
-    check_triton(case, triton_device, assert_accurate)
+    check("triton", case, triton_device, assert_accurate)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("shared", [1, 257, 7], 37, 2, 80),
+        ("shared", [65, 130, 195], 32, 3, 64),
+        ("batched", [127, 129, 1], 1, 1, 128),
+        ("batched", [13, 1], 129, 1, 1),
+        ("packed", [31, 5, 300], [1, 130, 17], 2, 37),
+        ("packed", [2], [16], 1, 257),
+    ],
+    ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}-d{case[4]}",
+)
+def test_native_is_as_accurate_as_torch(case, dtype, poisoned, assert_accurate):
+    check("native", (*case, dtype), "cpu", assert_accurate)
+
+
+@needs_native
+def test_native_strides(assert_accurate):
+    """Channels apart and one value for all rows come back as contiguous inputs do."""
+    q, k, v, cu, _ = inputs("batched", [5, 70], 3, 2, 33)
+    turned = [x.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for x in (q, k, v)]
+    plain = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+    results = []
+    for leaves in (turned, plain):
+        out = varlen_cross_attention(*leaves, cu, implementation="native")
+        results.append((out, *torch.autograd.grad(out.sum(), leaves)))  # the gradient is one value, expanded
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["shared", "batched", "packed"])
+def test_the_number_of_threads_changes_nothing(kind, dtype):
+    q, k, v, cu, cu_q = inputs(kind, [3, 140, 30, 7], [50, 20, 2, 33] if kind == "packed" else 50, 3, 40, dtype)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            out = varlen_cross_attention(*leaves, cu, cu_seqlens_q=cu_q, implementation="native")
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+def test_native_keeps_nan_in_its_sequence():
+    q, k, v, cu, _ = inputs("shared", [3, 20, 4], 5, 1, 32)
+    k = k.clone()
+    k[10, 0, 7] = torch.nan
+    out = varlen_cross_attention(q, k, v, cu, implementation="native")
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("size", [1e3, 1e-3, 1e18])
+def test_native_survives_large_and_small_scores(size):
+    q, k, v, cu, _ = inputs("shared", [150, 3], 5, 2, 32)
+    out = varlen_cross_attention(q * size, k, v, cu, implementation="native")
+    torch.testing.assert_close(out.double(), one_by_one(q * size, k, v, cu), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.gpu
@@ -100,7 +181,8 @@ def test_triton_is_as_accurate_as_torch(case, triton_device, poisoned, assert_ac
 @pytest.mark.parametrize("kind", ["shared", "batched", "packed"])
 def test_triton_in_bfloat16(kind, size, triton_device, poisoned, assert_accurate):
     queries = [256, 1, 100] if kind == "packed" else 256
-    check_triton((kind, [257, 771, 2056], queries, 16, size, torch.bfloat16), triton_device, assert_accurate)
+    case = (kind, [257, 771, 2056], queries, 16, size, torch.bfloat16)
+    check("triton", case, triton_device, assert_accurate)
 
 
 @settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -140,7 +222,7 @@ def test_gradients_of_the_definition():
     assert torch.autograd.gradcheck(lambda *x: varlen_cross_attention_reference(*x, cu, scale=0.7), leaves)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("implementation", ["auto", "reference", "triton", NATIVE])
 def test_no_sequences(implementation, request):
     device = request.getfixturevalue("triton_device") if implementation == "triton" else "cpu"
     q = torch.rand(4, 2, 32, device=device, requires_grad=True)
@@ -155,7 +237,9 @@ def test_no_sequences(implementation, request):
         assert not torch.autograd.grad(out.sum(), q)[0].any()
 
 
-def test_can_be_compiled_and_exported():
+@pytest.mark.parametrize("implementation", ["auto", "reference", NATIVE])
+def test_can_be_compiled_and_exported(implementation, monkeypatch):
+    monkeypatch.setenv("OMNIID_KERNELS", implementation)
     q, k, v, cu, _ = inputs("shared", [3, 5], 4, 2, 32)
     q = q.detach().requires_grad_()
 
@@ -171,10 +255,13 @@ def test_can_be_compiled_and_exported():
     )
     program = torch.export.export(Model(), (q, k, v, cu))
     torch.testing.assert_close(program.module()(q, k, v, cu), expected)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    name = "reference" if implementation == "auto" else implementation
+    torch.library.opcheck(module._operator, (q, k, v, cu, None, 0.2, name), test_utils=tests)
+    with torch.no_grad():
+        results = module._operator(q, k, v, cu, None, 0.2, name)
     torch.library.opcheck(
-        module._operator,
-        (q, k, v, cu, None, 0.2, "reference"),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        module._backward_operator, (expected, q, k, v, *results, cu, None, 0.2, name), test_utils=tests[:2]
     )
 
 
@@ -186,7 +273,7 @@ def test_can_be_compiled_and_exported():
         ([1, 5], "must increase"),
     ],
 )
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", ["auto", "reference", NATIVE])
 def test_bad_bounds(cu, message, implementation):
     k = torch.rand(5, 2, 32)
     with pytest.raises(ValueError, match=message):
@@ -227,6 +314,31 @@ def test_triton_refuses_what_it_cannot_do(triton_device, monkeypatch):
     monkeypatch.setattr(module, "MAX_SEQUENCES", 1)
     with pytest.raises(ValueError, match="up to 1 sequences, got 2; split the batch"):
         run()
+
+
+@needs_native
+def test_native_refuses_what_it_cannot_do(monkeypatch):
+    x, cu = torch.rand(5, 2, 32), torch.tensor([0, 2, 5])
+    for dtype in (torch.float64, torch.float16):
+        y = x.to(dtype)
+        with pytest.raises(ValueError, match=f"runs natively in float32 and bfloat16, got {dtype}; convert or use"):
+            varlen_cross_attention(y, y, y, cu, implementation="native")
+        assert varlen_cross_attention(y, y, y, cu).dtype == dtype
+    with pytest.raises(ValueError, match="the inputs are on meta; move them to the CPU"):
+        varlen_cross_attention(x.to("meta"), x.to("meta"), x.to("meta"), cu, implementation="native")
+    monkeypatch.setattr("omniid.kernels._native_library.library", lambda: None)
+    with pytest.raises(RuntimeError, match="varlen_cross_attention cannot run so: the native library is not built"):
+        varlen_cross_attention(x, x, x, cu, implementation="native")
+    torch.testing.assert_close(varlen_cross_attention(x, x, x, cu).double(), one_by_one(x, x, x, cu))
+
+
+def test_where_native_is_faster():
+    mini = {"dtype": torch.float32, "num_queries": 32, "capability": "AVX2"}
+    assert native_is_faster(**mini)
+    assert native_is_faster(**mini | {"dtype": torch.bfloat16})
+    assert not native_is_faster(**mini | {"dtype": torch.float16})
+    assert not native_is_faster(**mini | {"num_queries": 1})
+    assert not native_is_faster(**mini | {"capability": "AVX512"})
 
 
 def test_tiles_follow_from_sizes():

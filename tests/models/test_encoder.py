@@ -103,3 +103,16 @@ def test_paper_preset_has_the_papers_sizes():
     assert encoder.queries.shape == (256, 1280)
     assert (len(encoder.cross_blocks), len(encoder.self_blocks)) == (2, 2)
     assert preset.tower.num_tokens == 257
+
+
+@torch.inference_mode()
+def test_rows_of_an_untrained_code_differ_and_look_at_different_places():
+    """Rows that start alike stay alike for a thousand steps."""
+    mini = load_preset("mini")
+    torch.manual_seed(0)
+    encoder = OmniIDEncoder.from_preset(mini).eval()
+    photos = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    code = encoder(photos, bounds(2))[0]
+    assert code.std(dim=0).mean() > 0.3 * code.std()
+    attention = encoder.attention_to_photos(photos)[:, :, 1:].sum(1)  # (L, patches), without the class token
+    assert attention.argmax(-1).unique().numel() > len(code) / 2

@@ -1,6 +1,8 @@
 """The loop: learning, exact resume, faults. Runs the real `mtd` stage at tiny sizes."""
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import random
@@ -9,16 +11,27 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from omniid.config import preset_to_toml
 from omniid.data.records import open_records
+from omniid.train import checkpoint as checkpoints
 from omniid.train.checkpoint import CheckpointError, complete_checkpoints
+from omniid.train.draws import identity_generators
 from omniid.train.loop import Trainer, TrainingError
 from omniid.train.mtd import MTDStage
 from omniid.train.optimizer import build_optimizer
 from omniid.train.run import run_stage
+from omniid.train.stopping import Stop
+
+
+def encoded(array, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return buffer.getvalue()
 
 
 def trainer(tiny, records, run, resume=False, rows=None, **changes):
@@ -133,6 +146,99 @@ def test_averaged_weights_lag_and_come_back(tiny, records, tmp_path):
 def test_more_loader_processes_change_nothing(tiny, records, tmp_path):
     alone = trainer(tiny, records, tmp_path / "a", steps=4).run()
     assert trainer(tiny, records, tmp_path / "b", steps=4, num_workers=2).run().losses == alone.losses
+
+
+@pytest.mark.parametrize("stage", ["mtd", "flow"])
+def test_micro_batches_equal_one_batch(tiny, tiny_weights, records, tmp_path, stage):
+    """A step in four parts, whose faces are not of one size, gives the loss and the gradients of a step in one."""
+    from omniid.train.flow import FlowStage
+
+    rows = [dict(row) for row in open_records(records, "train")]
+    half = Image.new("1", (32, 32))
+    half.paste(1, (8, 8, 16, 16))
+    for row in rows[::2]:
+        row["masks"] = [encoded(np.asarray(half), "PNG") for _ in row["masks"]]
+    runs = []
+    for accumulation in (1, 4):
+        torch.manual_seed(0)
+        made = MTDStage(tiny) if stage == "mtd" else FlowStage(tiny, tiny_weights)
+        config = dataclasses.replace(getattr(tiny.train, stage), steps=5, accumulation=accumulation)
+        run = tmp_path / str(accumulation)
+        validation = open_records(records, "validation")
+        runs.append((made, Trainer(made, tiny, config, rows, validation, run, device="cpu", progress=False)))
+    gradients = []
+    for made, one in runs:
+        micro_batches = [one.train_batches[index] for index in range(one.config.accumulation)]
+        one.optimizer.step = lambda: None
+        one.optimizer.zero_grad = lambda set_to_none: None
+        one._train_step(micro_batches, Stop())
+        gradients.append({name: p.grad for name, p in made.model.named_parameters()})
+        del one.optimizer.step, one.optimizer.zero_grad
+        one.optimizer.zero_grad()
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+    whole, parts = (one.run() for _, one in runs)
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert len(set(parts.losses)) == 5
+
+
+def test_another_seed_draws_other_numbers():
+    places = [0, 1 << 33]
+    draws = {torch.rand((), generator=g).item() for seed in range(50) for g in identity_generators(seed, places)}
+    assert len(draws) == 100
+
+
+def test_a_stage_that_needs_its_batch_whole_says_so(tiny, records, tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(preset_to_toml(tiny))
+    with pytest.raises(TrainingError, match="stage base needs its batch in one piece"):
+        run_stage(
+            "base", path, records, tmp_path, overrides=["train.base.accumulation=2"], device="cpu", progress=False
+        )
+
+
+def test_after_a_non_finite_gradient_the_last_checkpoint_goes_on(tiny, records, tmp_path, monkeypatch):
+    whole = trainer(tiny, records, tmp_path / "whole").run()
+    one, clip = trainer(tiny, records, tmp_path / "run"), torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, n: clip(p, n) * (float("inf") if one.step == 4 else 1)
+    )
+    with pytest.raises(TrainingError, match="gradient norm inf is not finite at step 4 with identities train-"):
+        one.run()
+    monkeypatch.undo()
+    resumed = trainer(tiny, records, tmp_path / "run", resume=True)
+    assert resumed.step == 3
+    assert resumed.run().losses == whole.losses[3:]
+
+
+def test_a_full_disk_while_saving_leaves_a_run_that_goes_on(tiny, records, tmp_path, monkeypatch):
+    whole = trainer(tiny, records, tmp_path / "whole").run()
+    one, save = trainer(tiny, records, tmp_path / "run"), checkpoints.save_file
+
+    def full(tensors, path):
+        if one.step == 6 and path.name == "ema.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        one.run()
+    monkeypatch.undo()
+    resumed = trainer(tiny, records, tmp_path / "run", resume=True)
+    assert resumed.step == 3
+    assert resumed.run().losses == whole.losses[3:]
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
+def test_flow_runs_with_a_frozen_base_in_bf16(tiny, tiny_weights, records, tmp_path):
+    from omniid.train.flow import FlowStage
+
+    config = dataclasses.replace(tiny.train.flow, steps=2, precision="bf16", memory="full")
+    rows = open_records(records, "train"), open_records(records, "validation")
+    stage = FlowStage(tiny, tiny_weights)
+    result = Trainer(stage, tiny, config, *rows, tmp_path, device="cpu", progress=False).run()
+    assert {p.dtype for p in stage.transformer.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in stage.model.parameters()} == {torch.float32}
+    assert result.validation_loss > 0
 
 
 def command(preset, records, run, *more):

@@ -5,17 +5,16 @@
 
 from .captions import CAPTION_WORDS, caption
 from .dataset import write_records
-from .head_model import LANDMARK_GROUPS, NUM_LANDMARKS, SyntheticError
+from .head_model import SyntheticError
 from .person import Person
 from .render import RenderedFace, render
+from .template import template_landmarks
 from .traits import Traits
 from .view import EXPRESSIONS, View
 
 __all__ = [
     "CAPTION_WORDS",
     "EXPRESSIONS",
-    "LANDMARK_GROUPS",
-    "NUM_LANDMARKS",
     "Person",
     "RenderedFace",
     "SyntheticError",
@@ -23,5 +22,6 @@ __all__ = [
     "View",
     "caption",
     "render",
+    "template_landmarks",
     "write_records",
 ]

@@ -78,24 +78,11 @@ class HeadModel:
     eye_vertices: np.ndarray
     """(V,) int8: 0 none, 1 right eyeball, 2 left eyeball."""
     landmarks: np.ndarray
-    """(K,) int32 vertex indices; order in `LANDMARK_GROUPS`."""
+    """(K,) int32 vertex indices; order in `faces.landmarks.LANDMARK_GROUPS`."""
     surface: np.ndarray
     """(TEXTURE_SIZE, TEXTURE_SIZE, 3) float32, the point of the neutral head that each texel covers (0 where none)."""
     eye_corners: np.ndarray
     """(2, 2) int32 vertex indices, right eye and left eye, each outer and inner corner."""
-
-
-LANDMARK_GROUPS = (
-    ("eye centres", 2), ("nose base", 1), ("mouth corners", 2), ("right brow", 5), ("left brow", 5),
-    ("right eye outline", 8), ("left eye outline", 8), ("nose bridge", 4), ("nose wings", 2), ("outer lips", 12),
-    ("jaw line", 17),
-)  # fmt: skip
-"""Order of the landmarks and how many belong to each group. Right means the person's right (image left) and comes
-first; brows run from outer to inner end on the right and inner to outer on the left, so from image left to right;
-eye outlines start at the image-left corner and go round clockwise as seen; the bridge runs downwards; the lips start at
-the right corner and go clockwise; the jaw runs from the right ear over the chin to the left ear."""
-
-NUM_LANDMARKS = sum(count for _, count in LANDMARK_GROUPS)
 
 
 @functools.cache

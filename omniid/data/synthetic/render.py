@@ -31,7 +31,7 @@ class RenderedFace:
     mask: np.ndarray
     """(H, W) bool, visible face: skin with brows, eyes, lips and beard; no hair over it, ears or neck."""
     landmarks: np.ndarray
-    """(K, 2) float32 pixels in the order of `head_model.LANDMARK_GROUPS`."""
+    """(K, 2) float32 pixels in the order of `faces.landmarks.LANDMARK_GROUPS`."""
     yaw: float
     pitch: float
     roll: float

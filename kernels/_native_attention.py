@@ -1,0 +1,188 @@
+"""The native attention kernels as functions on CPU tensors; operations decide when they run (native/attention_*.cpp).
+
+Sequences are (B, L, H, D), or (L, H, D): packed where their bounds (B + 1) int64 are given, else shared by all sequences.
+Shapes: B sequences, Lq queries of each, H heads, D head size.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._native_library import call_native
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class _Sequences(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("bounds", ctypes.c_void_p),
+        ("length", ctypes.c_int64),
+    ]
+
+
+class _ForwardArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, _Sequences) for name in ("q", "k", "v", "base", "out")),
+        ("token_factors", ctypes.c_void_p),
+        ("token_stride", ctypes.c_int64),
+        ("lse", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("all_queries", "num_sequences", "num_heads", "size")),
+        ("scale", ctypes.c_double),
+        ("factor", ctypes.c_double),
+    ]
+
+
+class _BackwardArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, _Sequences) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
+        ("dq_parts", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("all_queries", "num_sequences", "num_heads", "size")),
+        ("scale", ctypes.c_double),
+    ]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_sequences: int,
+    scale: float,
+    q_bounds: Tensor | None = None,
+    k_bounds: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v with gradients, for eager mode: a custom operator's call would cost more than mini's sizes."""
+    arguments = (q, k, v, q_bounds, k_bounds, num_sequences, scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(*arguments)[0]
+    return attend(*arguments)[0]
+
+
+def attend(q, k, v, q_bounds, k_bounds, num_sequences, scale) -> tuple[Tensor, Tensor]:
+    """The output, (B, Lq, H, D) or as packed as q, and lse (H, all queries) fp32."""
+    shape = q.shape if q.dim() == 4 or q_bounds is not None else (num_sequences, *q.shape)
+    out = torch.empty(shape, dtype=q.dtype)
+    lse = torch.empty(shape[-2], shape[0] if len(shape) == 3 else shape[0] * shape[1])
+    if out.numel() > 0:
+        bounds = {"q_bounds": q_bounds, "k_bounds": k_bounds}
+        forward(q, k, v, out, num_sequences=num_sequences, scale=scale, lse=lse, **bounds)
+    return out, lse
+
+
+class _Attention(torch.autograd.Function):
+    forward = staticmethod(attend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, q_bounds, k_bounds, ctx.num_sequences, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, *output, q_bounds, k_bounds)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        *tensors, q_bounds, k_bounds = ctx.saved_tensors
+        gradients = backward(
+            grad, *tensors, num_sequences=ctx.num_sequences, scale=ctx.scale, q_bounds=q_bounds, k_bounds=k_bounds
+        )
+        return *gradients, None, None, None, None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    num_sequences: int,
+    scale: float,
+    q_bounds: Tensor | None = None,
+    k_bounds: Tensor | None = None,
+    base: Tensor | None = None,
+    factor: float | Tensor = 1.0,
+    lse: Tensor | None = None,
+) -> None:
+    """out = base + factor * softmax(scale q k^T) v, one softmax for each of `num_sequences` sequences.
+
+    base may be `out` itself. factor: a number, or (B, Lq) fp32 with its Lq values side by side. lse: (H, all queries) fp32,
+    written: the logarithm of each softmax's denominator.
+    """
+    q, k, v = (_side_by_side(x) for x in (q, k, v))
+    tokens = factor if isinstance(factor, Tensor) else None
+    arguments = _ForwardArguments(
+        _sequences(q, q_bounds),
+        _sequences(k, k_bounds),
+        _sequences(v, k_bounds),
+        () if base is None else _sequences(base, q_bounds),
+        _sequences(out, q_bounds),
+        _address(tokens),
+        0 if tokens is None else tokens.stride(0),
+        _address(lse),
+        0 if lse is None else lse.shape[1],
+        num_sequences,
+        *q.shape[-2:],
+        scale,
+        1.0 if tokens is not None else factor,
+    )
+    call_native(f"omniid_attention_forward_{DTYPES[q.dtype]}", ctypes.addressof(arguments))
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    num_sequences: int,
+    scale: float,
+    q_bounds: Tensor | None,
+    k_bounds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in their shapes; arguments as of `forward`, out and lse as it wrote them."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    if out.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    grad, q, k, v, out = (_side_by_side(x) for x in (grad, q, k, v, out))
+    is_shared = q.dim() == 3 and q_bounds is None
+    parts = torch.empty(num_sequences, *q.shape) if is_shared else None
+    arguments = _BackwardArguments(
+        _sequences(q, q_bounds),
+        _sequences(k, k_bounds),
+        _sequences(v, k_bounds),
+        _sequences(out, q_bounds),
+        _sequences(grad, q_bounds),
+        _sequences(dq, q_bounds),
+        _sequences(dk, k_bounds),
+        _sequences(dv, k_bounds),
+        _address(parts),
+        _address(lse),
+        lse.shape[1],
+        num_sequences,
+        *q.shape[-2:],
+        scale,
+    )
+    call_native(f"omniid_attention_backward_{DTYPES[q.dtype]}", ctypes.addressof(arguments))
+    return dq, dk, dv
+
+
+def _sequences(x: Tensor, bounds: Tensor | None) -> tuple:
+    *batch_stride, row_stride, head_stride, _ = x.stride()
+    return (x.data_ptr(), *(batch_stride or (0,)), row_stride, head_stride, _address(bounds), x.shape[-3])
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

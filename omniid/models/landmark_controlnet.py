@@ -1,0 +1,78 @@
+"""The landmark ControlNet: tells FLUX where eyes, nose, lips and jaw are to be (Sec. 4.2).
+
+diffusers' `FluxControlNetModel`, whose control picture is `faces.landmarks.draw_landmarks` seen through the base's
+autoencoder. Its blocks start as copies of the base's first blocks and its outputs at zero, so an untrained one changes
+nothing.
+"""
+
+import copy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omniid.errors import OmniIDError
+from omniid.faces.landmarks import draw_landmarks
+from omniid.models.flux import encode_images, layout_of
+
+
+def build_landmark_controlnet(transformer: nn.Module, num_double_blocks: int, num_single_blocks: int) -> nn.Module:
+    """An untrained ControlNet from the first blocks of a `FluxTransformer2DModel`; more blocks than it has mean all."""
+    from diffusers import FluxControlNetModel
+
+    layout = layout_of(transformer)
+    return FluxControlNetModel.from_transformer(
+        transformer,
+        num_layers=min(num_double_blocks, layout.num_double_blocks),
+        num_single_layers=min(num_single_blocks, layout.num_single_blocks),
+        attention_head_dim=layout.head_dim,
+        num_attention_heads=layout.num_heads,
+    )
+
+
+def load_landmark_controlnet(
+    folder: str | Path, transformer: nn.Module, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The ControlNet that stage `control` exported. Raises OmniIDError when it is missing or of another base."""
+    from diffusers import FluxControlNetModel
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise OmniIDError(f"there is no landmark ControlNet at {folder}; train one with: omniid train control")
+    try:
+        controlnet = FluxControlNetModel.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OmniIDError(
+            f"the landmark ControlNet {folder} cannot be loaded ({reason}); copy or train it again"
+        ) from error
+    mine, its = layout_of(controlnet), layout_of(transformer)
+    if (mine.num_heads, mine.head_dim) != (its.num_heads, its.head_dim):
+        raise OmniIDError(
+            f"the landmark ControlNet {folder} was trained for another base: it has {mine.num_heads} heads of "
+            f"{mine.head_dim} channels, the base {its.num_heads} of {its.head_dim}; train one for this base"
+        )
+    return controlnet.eval()
+
+
+def save_landmark_controlnet(controlnet: nn.Module, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes the ControlNet as diffusers reads it; an older folder is replaced as a whole."""
+    folder = Path(folder)
+    fresh = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(fresh, ignore_errors=True)
+    copy.deepcopy(controlnet).to(device="cpu", dtype=dtype).save_pretrained(fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def landmark_pictures(landmarks: np.ndarray, size: int) -> Tensor:
+    """Control pictures (N, 3, size, size) in [-1, 1] of landmarks (N, 66, 2), in pixels of a picture of `size`."""
+    pictures = np.stack([draw_landmarks(points, size) for points in landmarks])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def landmark_latents(vae: nn.Module, landmarks: np.ndarray, size: int) -> Tensor:
+    """Latents (N, C, size / 8, size / 8) of the control pictures; arguments as of `landmark_pictures`."""
+    return encode_images(vae, landmark_pictures(landmarks, size).to(next(vae.parameters()).device))

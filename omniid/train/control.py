@@ -1,0 +1,78 @@
+"""Stage `control`: controlled generation from a landmark picture (Sec. 4.2, Table 1).
+
+Encoder and base are frozen; the landmark ControlNet and the identity adapter learn flow matching together (Eq. 6-7).
+The adapter goes on from the one of stage `flow` where the weights hold it.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from omniid.config import Preset
+from omniid.data.few_to_many import Batch
+from omniid.models.identity_adapter import IdentityAdapter
+from omniid.models.landmark_controlnet import (
+    build_landmark_controlnet,
+    landmark_latents,
+    landmark_pictures,
+    load_landmark_controlnet,
+    save_landmark_controlnet,
+)
+from omniid.train.flow import FlowStage, columns
+
+
+class ControlStage(FlowStage):
+    """Flow matching with the target's landmarks as a control picture."""
+
+    name = "control"
+    needs_landmarks = True
+
+    def __init__(self, preset: Preset, weights: Path):
+        """`weights` as for `FlowStage`; its adapter is taken where there is one."""
+        super().__init__(preset, weights, preset.train.control)
+        self.encoder.requires_grad_(False).eval()
+        if (weights / "adapter.safetensors").is_file():
+            self._load_adapter(weights)
+        self.controlnet = build_landmark_controlnet(
+            self.transformer, self.config.control_double_blocks, self.config.control_single_blocks
+        ).requires_grad_(True)
+        self.model = nn.ModuleDict({"adapter": self.adapter, "controlnet": self.controlnet})
+
+    def load(self, folder: Path) -> None:
+        """Takes adapter and ControlNet from a weights folder instead of fresh ones."""
+        self._load_adapter(folder)
+        self.controlnet.load_state_dict(load_landmark_controlnet(folder / "controlnet", self.transformer).state_dict())
+
+    def _load_adapter(self, folder: Path) -> None:
+        trained = IdentityAdapter.load(folder / "adapter.safetensors")
+        trained.check_base(self.transformer)
+        self.adapter.load_state_dict(trained.state_dict())
+
+    def _control(self, batch: Batch) -> Tensor:
+        return landmark_latents(
+            self.vae, batch.landmarks.reshape(-1, *batch.landmarks.shape[2:]), batch.targets.shape[-1]
+        )
+
+    @torch.no_grad()
+    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Rows: up to eight people. Columns: first input, a target, its landmarks, a picture drawn from them, and one
+        drawn from the next row's landmarks."""
+        from diffusers import FluxControlNetPipeline
+
+        rows = min(8, len(batch.targets))
+        pipeline = FluxControlNetPipeline(**self.pipeline.components, controlnet=self.controlnet)
+        pipeline.set_progress_bar_config(disable=True)
+        size = batch.targets.shape[-1]
+        pictures = landmark_pictures(batch.landmarks[:rows, 0], size).to(batch.targets)
+        drawn = [
+            self._draw(pipeline, batch, rows, 1, generator, control_image=control)[:, 0]
+            for control in (pictures, pictures.roll(-1, dims=0))
+        ]
+        return columns(batch.inputs[batch.cu_inputs[:rows].long()], batch.targets[:rows, 0], pictures, *drawn)
+
+    def export(self, folder: Path) -> None:
+        """Writes the adapter, which reads the frozen encoder's codes, and the ControlNet as diffusers' folder."""
+        self.adapter.encoder_fingerprint = self.encoder.fingerprint()
+        self.adapter.save(folder / "adapter.safetensors")
+        save_landmark_controlnet(self.controlnet, folder / "controlnet")

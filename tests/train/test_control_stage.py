@@ -1,0 +1,111 @@
+"""Stage `control`: what trains, what it exports, and that landmarks steer it."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from omniid.config import ConfigError, preset_to_toml
+from omniid.data.few_to_many import FewToManyBatches
+from omniid.data.records import open_records
+from omniid.errors import OmniIDError
+from omniid.models.identity_adapter import IdentityAdapter
+from omniid.models.landmark_controlnet import build_landmark_controlnet, load_landmark_controlnet
+from omniid.models.mini_base import build_base
+from omniid.train.base import save_base
+from omniid.train.control import ControlStage
+from omniid.train.draws import identity_generators
+from omniid.train.flow import FlowStage
+from omniid.train.mtd import MTDStage
+from omniid.train.run import run_stage
+
+
+@pytest.fixture(scope="module")
+def weights(tiny, tmp_path_factory):
+    """What `base` and `mtd` leave, with a base whose blocks pass signals on."""
+    folder = tmp_path_factory.mktemp("weights")
+    pipeline = build_base(tiny.base.sizes, tiny.base.max_sequence_length, ["photo", "of", "a", "person"], seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in pipeline.transformer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    save_base(pipeline, folder / "base")
+    torch.manual_seed(0)
+    MTDStage(tiny).export(folder)
+    (folder / "preset.toml").write_text(preset_to_toml(tiny))
+    return folder
+
+
+@pytest.fixture
+def batch(records):
+    rows = open_records(records, "train")
+    return FewToManyBatches(rows, 32, 4, (1, 2), 2, seed=0, steps=1, landmarks=True)[0].to_device(torch.device("cpu"))
+
+
+def test_an_untrained_controlnet_changes_nothing(tiny, weights, batch):
+    torch.manual_seed(1)
+    control, flow = ControlStage(tiny, weights), FlowStage(tiny, weights)
+    flow.adapter.load_state_dict(control.adapter.state_dict())
+    flow.model.train(), control.model.train()
+    losses = [stage.loss(batch, identity_generators(3, batch.places))[0].item() for stage in (control, flow)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_controlnet_and_adapter_learn_and_nothing_else(tiny, weights, batch):
+    stage = ControlStage(tiny, weights)
+    frozen = {name: p.clone() for part in (stage.encoder, stage.transformer) for name, p in part.named_parameters()}
+    optimizer = torch.optim.Adam(stage.model.parameters(), lr=3e-3)
+    stage.model.train()
+    losses = []
+    for _ in range(30):
+        loss, _ = stage.loss(batch, identity_generators(0, batch.places))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    for part in (stage.encoder, stage.transformer):
+        for name, parameter in part.named_parameters():
+            assert parameter.grad is None and torch.equal(parameter, frozen[name])
+    moved = dataclasses.replace(batch, landmarks=np.roll(batch.landmarks, 1, axis=0))
+    stage.model.eval()
+    with torch.no_grad():
+        values = [stage.loss(one, identity_generators(0, one.places))[0].item() for one in (batch, moved)]
+    assert values[0] != values[1]
+
+
+def test_the_whole_stage_runs_and_leaves_adapter_and_controlnet(tiny, weights, records, tmp_path):
+    folder, preset = tmp_path / "weights", tmp_path / "tiny.toml"
+    shutil.copytree(weights, folder)
+    preset.write_text(preset_to_toml(tiny))
+    run_stage("control", preset, records, tmp_path / "run", weights=folder, device="cpu", progress=False)
+    assert (tmp_path / "run" / "samples" / "step-00000008.png").is_file()
+    stage = ControlStage(tiny, folder)
+    adapter = IdentityAdapter.load(folder / "adapter.safetensors")
+    assert adapter.encoder_fingerprint == stage.encoder.fingerprint()
+    torch.testing.assert_close(stage.adapter.state_dict(), adapter.state_dict())
+    controlnet = load_landmark_controlnet(folder / "controlnet", stage.transformer)
+    assert any(block.weight.abs().max() > 0 for block in controlnet.controlnet_blocks)
+    run_stage(
+        "control", preset, records, tmp_path / "more", weights=folder, start_from=folder, device="cpu", progress=False
+    )
+
+
+def test_presets_without_the_stage_and_folders_without_a_controlnet_are_refused(tiny, weights, records, tmp_path):
+    old = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, control=None))
+    (tmp_path / "old.toml").write_text(preset_to_toml(old))
+    with pytest.raises(ConfigError, match=r"preset 'mini' has no \[train.control\]"):
+        run_stage("control", tmp_path / "old.toml", records, tmp_path / "run", weights=weights)
+    transformer = FlowStage(tiny, weights).transformer
+    with pytest.raises(OmniIDError, match=r"there is no landmark ControlNet at .*omniid train control"):
+        load_landmark_controlnet(tmp_path, transformer)
+    build_landmark_controlnet(transformer, 9, 9).save_pretrained(tmp_path / "net")
+    sizes = dataclasses.replace(tiny.base.sizes, num_heads=1, head_dim=32, axes_dims=(8, 12, 12))
+    other = build_base(sizes, tiny.base.max_sequence_length, ["photo"], seed=0).transformer
+    with pytest.raises(OmniIDError, match="trained for another base: it has 2 heads of 16 channels, the base 1 of 32"):
+        load_landmark_controlnet(tmp_path / "net", other)
+    (tmp_path / "net" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    with pytest.raises(OmniIDError, match="cannot be loaded"):
+        load_landmark_controlnet(tmp_path / "net", transformer)

@@ -1,0 +1,144 @@
+"""Several processes: the loss curve of one, checkpoints that pass between them, and the death of a process.
+
+Twenty kills instead of three: OMNIID_TEST_KILLS=20 pytest tests/train/test_parallel.py -k kill
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from omniid.config import preset_to_toml
+from omniid.train.checkpoint import complete_checkpoints
+from omniid.train.run import run_stage
+
+NUM_KILLS = int(os.environ.get("OMNIID_TEST_KILLS", "3"))
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 60 * NUM_KILLS)]
+
+
+@pytest.fixture(scope="module")
+def preset_file(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("preset") / "tiny.toml"
+    mtd = dataclasses.replace(tiny.train.mtd, steps=20, save_every=10, sample_every=10, keep_checkpoints=5)
+    preset = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, mtd=mtd))
+    path.write_text(preset_to_toml(preset), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(preset_file, records, tmp_path_factory):
+    """The run of one process and its losses."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return folder, run_stage("mtd", preset_file, records, folder, device="cpu", progress=False)
+
+
+def start(preset, records, run, *more):
+    """Two processes of the training command under torchrun; without `--` it takes our `--run` for its `--run-path`."""
+    return subprocess.Popen(
+        [
+            sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2", "--",
+            sys.executable, "-P", "-m", "omniid.cli", "train", "mtd", "--preset", str(preset), "--data", str(records),
+            "--run", str(run), "--quiet", "--json", "--device", "cpu", *more,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    return json.loads(output)
+
+
+def logged(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run):
+    return [row["loss"] for row in logged(run)]
+
+
+def back_to(run, step, copy):
+    """A copy of a run that ended after `step`."""
+    shutil.copytree(run, copy)
+    for folder in complete_checkpoints(copy):
+        if folder.name > f"checkpoint-{step:08d}":
+            shutil.rmtree(folder)
+    return copy
+
+
+def test_two_processes_give_the_losses_of_one_and_checkpoints_pass_between_them(preset_file, records, alone, tmp_path):
+    folder, result = alone
+    summary = finish(start(preset_file, records, tmp_path / "two"))
+    assert losses_of(tmp_path / "two") == pytest.approx(result.losses, rel=1e-5)
+    assert summary["validation_loss"] == pytest.approx(result.validation_loss, rel=1e-5)
+    one = back_to(tmp_path / "two", 10, tmp_path / "two-one")
+    resumed = run_stage("mtd", preset_file, records, one, resume=True, device="cpu", progress=False)
+    assert len(resumed.losses) == 10
+    assert losses_of(one) == pytest.approx(result.losses, rel=1e-5)
+    two = back_to(folder, 10, tmp_path / "one-two")
+    finish(start(preset_file, records, two, "--resume"))
+    assert losses_of(two) == pytest.approx(result.losses, rel=1e-5)
+
+
+def test_sharded_training_gives_the_same_losses_and_a_checkpoint_for_one_process(preset_file, records, tmp_path):
+    steps, run = ("--set", "train.mtd.steps=10", "--set", "train.mtd.warmup_steps=2"), tmp_path / "run"
+    finish(start(preset_file, records, run, "--shard", "--memory", "full", "--set", "train.mtd.accumulation=2", *steps))
+    plain = run_stage(
+        "mtd", preset_file, records, tmp_path / "plain", overrides=steps[1::2], device="cpu", progress=False
+    )
+    assert losses_of(run) == pytest.approx(plain.losses, rel=1e-5)
+    assert logged(run)[-1]["validation_loss"] == pytest.approx(plain.validation_loss, rel=1e-5)
+    assert (run / "weights" / "encoder.safetensors").is_file()
+    resumed = run_stage("mtd", preset_file, records, run, resume=True, device="cpu", progress=False)
+    assert resumed.step == 20 and len(resumed.losses) == 10
+
+
+def test_kills_of_a_process_end_the_job_and_change_nothing(preset_file, records, tmp_path):
+    """SIGKILL of either process at random moments, resumed each time; every loss equals the undisturbed run's."""
+    steps = str(8 * NUM_KILLS + 20)
+    settings = ("--set", f"train.mtd.steps={steps}", "--set", "train.mtd.save_every=4")
+    finish(start(preset_file, records, tmp_path / "whole", *settings))
+    run, moments = tmp_path / "killed", random.Random(0)
+    for _ in range(NUM_KILLS):
+        process = start(preset_file, records, run, "--resume", *settings)
+        done = len(logged(run)) if (run / "metrics.jsonl").exists() else 0
+        wait_for_steps(run, done + 1, process)
+        time.sleep(moments.uniform(0, 0.1))
+        os.kill(moments.choice(workers(process.pid)), signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "Signal 9 (SIGKILL)" in errors
+    finish(start(preset_file, records, run, "--resume", *settings))
+    assert losses_of(run) == losses_of(tmp_path / "whole")
+    assert logged(run)[-1]["validation_loss"] == logged(tmp_path / "whole")[-1]["validation_loss"]
+
+
+def test_an_error_of_one_process_is_told_in_a_sentence(preset_file, records, tmp_path):
+    process = start(preset_file, records, tmp_path, "--set", "train.mtd.batch_identities=3")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "batch_identities 3 is not a multiple of 2 processes x accumulation 1" in errors
+
+
+def workers(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for_steps(run, count, process):
+    """Waits until the log holds `count` whole lines."""
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
+        time.sleep(0.005)
