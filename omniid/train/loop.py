@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -284,15 +284,18 @@ class Trainer:
     @contextlib.contextmanager
     def averaged_weights(self):
         """Within it the model holds the averaged (EMA) weights, on every process all of them."""
-        parameters = list(self.trained.values())
-        kept = [p.detach().clone() for p in parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, list(self.ema.values()))
-            try:
-                with gathered(self.module):
-                    yield
-            finally:
-                torch._foreach_copy_(parameters, kept)
+        kept = [p.detach().clone() for p in self.trained.values()]
+        self._put(self.ema.values())
+        try:
+            with gathered(self.module):
+                yield
+        finally:
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, values: Iterable[Tensor]) -> None:
+        for parameter, value in zip(self.trained.values(), values, strict=True):
+            parameter.copy_(value)
 
     def export(self, folder: str | Path) -> None:
         """Writes the stage's averaged weights, as inference reads them, into a weights folder."""

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 
 def shard(module: nn.Module, accelerator: Accelerator) -> None:
-    """Spreads the module's parameters over all processes; a tower layer is gathered when it runs, the rest at once."""
+    """Spreads the module's parameters, gradients and optimizer state over all processes.
+
+    Weights are gathered at once for a step, because blocks are called by their methods and a sample grid by one process;
+    optimizer state and averages, three quarters of the memory, never are.
+    """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for layer in [part for part in module.modules() if isinstance(part, CLIPEncoderLayer)]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=False)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -51,15 +52,20 @@ def gradients_shared(module: nn.Module, share: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Within it, every process holds all weights, as the module's parts need that are not called through it."""
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
-        part.unshard()
+    """Within it, every process holds whole copies of all weights, for use without gradients and for export."""
+    spread = [
+        (part, name, parameter)
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    for part, name, parameter in spread:
+        setattr(part, name, nn.Parameter(whole(parameter.detach()), requires_grad=False))
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
+        for part, name, parameter in spread:
+            setattr(part, name, parameter)
 
 
 def whole_on_cpu(tensors: dict, keep: bool) -> dict:
