@@ -65,8 +65,10 @@ def varlen_cross_attention(
     if compiling:
         chosen = implementation or ""
     else:
-        num_queries = q.shape[-3] if cu_seqlens_q is None else q.shape[0] // max(cu_seqlens_q.shape[0] - 1, 1)
-        order = preferred_order(q, num_queries)
+        num_sequences = max(cu_seqlens_k.shape[0] - 1, 1)
+        num_queries = q.shape[-3] if cu_seqlens_q is None else q.shape[0] // num_sequences
+        training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        order = preferred_order(q, num_queries, num_queries * k.numel(), training)
         chosen = pick("varlen_cross_attention", order, device=q.device.type, wish=implementation)
     if chosen == "torch":
         _check_bounds(q, k, cu_seqlens_k, cu_seqlens_q)
@@ -76,19 +78,31 @@ def varlen_cross_attention(
     return _operator(q, k, v, cu_seqlens_k, cu_seqlens_q, scale, chosen)[0]
 
 
-def native_is_faster(*, dtype: torch.dtype, num_queries: int, capability: str) -> bool:
-    """Whether the native form beats PyTorch's on a CPU; num_queries of each sequence, capability as
-    `torch.backends.cpu.get_cpu_capability` has it.
+def native_is_faster(
+    *, dtype: torch.dtype, num_queries: int, multiply_adds: int, training: bool, capability: str
+) -> bool:
+    """Whether the native form beats PyTorch's on a CPU.
+
+    num_queries: of each sequence. multiply_adds: of the product of queries and keys, over all sequences and heads.
+    capability: as of `torch.backends.cpu.get_cpu_capability`. Ratios are of one AVX2 core at 2.4 GHz, in fp32.
     """
     if dtype not in native.DTYPES or capability != "AVX2":
-        return False
-    return num_queries >= 8
+        return False  # not measured with AVX-512, whose AVX512_BF16 also gives PyTorch fast products in bf16
+    if num_queries < 32:
+        return False  # a tile holds 16 queries: 0.5 of PyTorch's speed at 1, 0.8 to 0.95 at 8, 0.95 to 1.2 at 16
+    if training and dtype == torch.bfloat16:
+        return True  # 1.5 to 12 times, for PyTorch's products take 1 to 3 GFLOP/s
+    return multiply_adds >= 1 << 20  # a call costs 0.04 ms more than PyTorch's: 0.8 at 0.4 million, 1.0 at 1.6 million
 
 
-def preferred_order(q: Tensor, num_queries: int) -> tuple[str, ...]:
-    """Implementations in the order in which `auto` tries them for queries q."""
+def preferred_order(q: Tensor, num_queries: int, multiply_adds: int, training: bool) -> tuple[str, ...]:
+    """Implementations in the order in which `auto` tries them for queries q; other arguments as of `native_is_faster`."""
     first = q.device.type == "cpu" and native_is_faster(
-        dtype=q.dtype, num_queries=num_queries, capability=_cpu_capability()
+        dtype=q.dtype,
+        num_queries=num_queries,
+        multiply_adds=multiply_adds,
+        training=training,
+        capability=_cpu_capability(),
     )
     return ("native", "torch", "triton", "reference") if first else ("torch", "triton", "native", "reference")
 
