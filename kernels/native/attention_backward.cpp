@@ -2,8 +2,8 @@
 // kernels/varlen_cross_attention.py and kernels/add_identity_attention.py.
 //
 // A unit of work is one head of one sequence: no sum is shared between threads, and every sum has a fixed order. With
-// p = exp(scale q k^T - lse) and g the incoming gradient times factor: dv = p^T g, s = scale p (g v^T - sum(g out)), dq = s k,
-// dk = s^T q. Scores are computed anew, tile by tile.
+// p = exp(scale q k^T - lse) and g the incoming gradient times factor: dv = p^T g,
+// s = scale p (g v^T - sum(g out)), dq = s k, dk = s^T q. Scores are computed anew, tile by tile.
 #include "attention.h"
 
 #include <algorithm>
@@ -20,9 +20,9 @@ struct BackwardArguments {
     Sequences<T> dq, dk, dv;
     float* dq_parts;  // (sequences, queries, heads, size), or null: of a q that all sequences share, summed into dq
     const float* lse;            // (heads, all_queries)
-    const float* token_factors;  // (sequences, queries) that the attention was multiplied with, or null: `factor` for all
+    const float* token_factors;  // (sequences, queries) by which attention was multiplied, or null: `factor` for all
     int64_t token_stride;        // between sequences
-    float* grad_factors;         // (heads, all_queries) out, or null: sum of grad * out, each head's share of their gradient
+    float* grad_factors;         // (heads, all_queries) out, or null: each head's share of the factors' gradient
     int64_t all_queries, num_sequences, num_heads, size;
     double scale, factor;
 };

@@ -1,9 +1,9 @@
 // out = base + factor * softmax(scale q k^T) v over sequences of any lengths; the definitions are in
 // kernels/varlen_cross_attention.py and kernels/add_identity_attention.py.
 //
-// A unit of work is some queries of one sequence and head. Keys and values pass by once for all of them, in tiles that are
-// widened into scratch memory. A query's result depends on nothing but its own sequence, so neither the number of threads
-// nor the size of a unit changes a bit.
+// A unit of work is some queries of one sequence and head. Keys and values pass by once for all of them, in tiles that
+// are widened into scratch memory. A query's result depends on nothing but its own sequence, so neither the number of
+// threads nor the size of a unit changes a bit.
 #include "attention.h"
 
 #include <algorithm>
