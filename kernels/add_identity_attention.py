@@ -16,17 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _native_attention as native
-from ._launch import pick
+from ._launch import chip_of, constant_when_compiled, pick
 from .dense_attention import dense_attention
+from .fp8_rows import FP8, check_fp8
 from .varlen_cross_attention import (
     check_native,
     check_triton_head,
-    chip_of,
     preferred_order,
     varlen_cross_attention,
 )
-
-FP8 = torch.float8_e4m3fn
 
 
 def add_identity_attention_reference(
@@ -91,6 +89,8 @@ def add_identity_attention_(
             return out
     else:
         _check_triton(out, q)
+        if k_id.dtype == FP8:
+            check_fp8("add_identity_attention_", q)
     token_scale = scale.expand(q.shape[:2]) if isinstance(scale, Tensor) else None
     _operator(
         out, q, k_id, v_id, token_scale, 0.0 if token_scale is not None else float(scale), k_scale, v_scale, chosen
@@ -164,6 +164,10 @@ def identity_tiles(
     padded = 1 << (head_dim - 1).bit_length()
     if element_size == 4:  # fp32 uses no tensor cores, and its keys fill shared memory at twice the rate
         return IdentityTiles(32, 32, 1, False, 4, 1)
+    if capability[0] not in (9, 10):
+        # Without wgmma and tcgen05 the scores of all keys are in registers: 480 bytes spill at D = 64 on sm_80 and sm_120,
+        # with 4 warps also at D = 128 (aot).
+        return IdentityTiles(64, 64, 1, False, 4 if head_dim <= 64 else 8, 2)
     block_q = 64 if num_queries <= 64 else 128
     # 256 keys at D = 128 fit, but spill with 8 warps: 16 bytes in tiles of 64 queries, 248 in tiles of 128 (sm_90a, aot).
     # Half as many, with 128 queries, take 96 KB: less than the 99 KB of the smallest chip that aot compiles for.
@@ -281,7 +285,7 @@ def _order(out: Tensor, q: Tensor, k_id: Tensor, training: bool) -> tuple[str, .
     return order
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _picked(operation: str, order: tuple[str, ...], device: str, wish: str | None) -> str:
     return pick(operation, order, device=device, wish=wish)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _native_attention as native
-from ._launch import interpreting, pick
+from ._launch import chip_of, constant_when_compiled, interpreting, pick
 from .dense_attention import dense_attention
 
 MAX_SEQUENCES = 1 << 16  # Triton's tiles find their sequence by a scan over all
@@ -107,7 +107,7 @@ def preferred_order(q: Tensor, num_queries: int, multiply_adds: int, training: b
     return ("native", "torch", "triton", "reference") if first else ("torch", "triton", "native", "reference")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _cpu_capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
@@ -164,7 +164,11 @@ def backward_tiles(*, head_dim: int, element_size: int, capability: tuple[int, i
     if element_size == 4:
         return Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)
     num_warps = 4 if head_dim <= 64 else 8  # two (64, D) accumulators and two (64, 64) score tiles live at once
-    return Tiles(64, 64, num_warps, 2), Tiles(64, 64, num_warps, 2)
+    tiles = Tiles(64, 64, num_warps, 2)
+    if capability[0] not in (9, 10) and head_dim & (head_dim - 1):
+        # Without wgmma and tcgen05 all of it is in registers: D = 80 spills 16 bytes on sm_80 and 48 on sm_120 (aot).
+        return tiles, Tiles(32, 64, 8, 2)
+    return tiles, tiles
 
 
 @torch.library.custom_op("omniid::varlen_cross_attention", mutates_args=())
@@ -358,14 +362,6 @@ def _picked(q: Tensor, implementation: str) -> str:
     # Reached with "" only from compiled code, where PyTorch's own form would have to read lengths while tracing.
     order = ("native", "reference", "triton") if q.dtype in native.DTYPES else ("reference", "triton", "native")
     return pick("varlen_cross_attention", order, device=q.device.type, wish=implementation or None)
-
-
-def chip_of(q: Tensor) -> tuple[tuple[int, int] | None, int]:
-    """Compute capability (None in the interpreter) and number of multiprocessors of the device that holds q."""
-    if not q.is_cuda:
-        return None, 1
-    properties = torch.cuda.get_device_properties(q.device)
-    return (properties.major, properties.minor), properties.multi_processor_count
 
 
 def _check_triton(q: Tensor, cu_seqlens_k: Tensor) -> None:
