@@ -2,7 +2,7 @@
 
 A benchmark compares cases that run in the same process, turn by turn, so that a machine whose speed drifts slows all of
 them alike: trust the ratios. Results go to stdout as a table, the last line is one JSON document; `--save` also writes
-`benchmarks/results/<theme>_<hardware>_<date>.md`.
+`benchmarks/results/<theme>_<hardware>_<date>.md` and a picture of the times beside it.
 """
 
 import argparse
@@ -95,8 +95,47 @@ def report(theme: str, rows: list[dict], note: str = "") -> None:
     if save:
         kind = "gpu" if card["gpu"] != "none" else f"cpu{torch.get_num_threads()}"
         path = RESULTS / f"{theme}_{kind}_{datetime.date.today().isoformat()}.md"
+        picture = path.with_suffix(".png")
+        if plot(theme, rows, picture):
+            text += f"\n\n![times]({picture.name})"
         path.write_text(f"{text}\n\nMade by `{Path(sys.argv[0]).name} --save`.\n", encoding="utf-8")
     print(json.dumps({"theme": theme, "hardware": card, "rows": rows}))
+
+
+def plot(theme: str, rows: list[dict], path: Path) -> bool:
+    """Bars of all times, one group a row, on a logarithmic axis; False where the rows hold no times."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    times = [
+        key for key in columns if key.endswith((" ms", "median_ms")) and any(_is_time(row.get(key)) for row in rows)
+    ]
+    shown = [row for row in rows if any(_is_time(row.get(key)) for key in times)]
+    if not shown:
+        return False
+    first = min(columns.index(key) for key in times)
+    labels = [", ".join(str(row[key]) for key in columns[:first] if key in row) for row in shown]
+    height = 0.8 / len(times)
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(shown) * (len(times) + 1)), layout="constrained")
+    for place, key in enumerate(times):
+        bars = [(index, row[key]) for index, row in enumerate(shown) if _is_time(row.get(key))]
+        axes.barh([i + place * height for i, _ in bars], [value for _, value in bars], height, label=key)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(shown))], labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds, median; less is better")
+    axes.set_title(theme)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    return True
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, (int, float)) and value > 0
 
 
 def _cell(value: object) -> str:

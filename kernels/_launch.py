@@ -43,6 +43,25 @@ def pick(operation: str, implementations: Sequence[str], *, device: str | None, 
     return wish
 
 
+def constant_when_compiled(function):
+    """Marks a function whose result torch.compile may take as a constant: one that looks at machine and environment.
+
+    This is torch.compiler.assume_constant_result without its import of dynamo, which takes a second and loads triton.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+def chip_of(tensor) -> tuple[tuple[int, int] | None, int]:
+    """Compute capability (None in the interpreter) and number of multiprocessors of the device that holds `tensor`."""
+    import torch
+
+    if not tensor.is_cuda:
+        return None, 1
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -28,7 +28,7 @@ class _Sequences(ctypes.Structure):
 
 class _ForwardArguments(ctypes.Structure):
     _fields_ = [
-        *((name, _Sequences) for name in ("q", "k", "v", "base", "out")),
+        *((name, _Sequences) for name in ("q", "k", "v", "base", "out", "attended")),
         ("token_factors", ctypes.c_void_p),
         ("token_stride", ctypes.c_int64),
         ("lse", ctypes.c_void_p),
@@ -43,8 +43,12 @@ class _BackwardArguments(ctypes.Structure):
         *((name, _Sequences) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
         ("dq_parts", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
+        ("token_factors", ctypes.c_void_p),
+        ("token_stride", ctypes.c_int64),
+        ("grad_factors", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("all_queries", "num_sequences", "num_heads", "size")),
         ("scale", ctypes.c_double),
+        ("factor", ctypes.c_double),
     ]
 
 
@@ -108,12 +112,14 @@ def forward(
     k_bounds: Tensor | None = None,
     base: Tensor | None = None,
     factor: float | Tensor = 1.0,
+    attended: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> None:
     """out = base + factor * softmax(scale q k^T) v, one softmax for each of `num_sequences` sequences.
 
-    base may be `out` itself. factor: a number, or (B, Lq) fp32 with its Lq values side by side. lse: (H, all queries) fp32,
-    written: the logarithm of each softmax's denominator.
+    base may be `out` itself. factor: a number, or (B, Lq) fp32 with its Lq values side by side. Written for the gradients:
+    attended, the attention without base and factor, and lse (H, all queries) fp32, the logarithm of each softmax's
+    denominator.
     """
     q, k, v = (_side_by_side(x) for x in (q, k, v))
     tokens = factor if isinstance(factor, Tensor) else None
@@ -123,6 +129,7 @@ def forward(
         _sequences(v, k_bounds),
         () if base is None else _sequences(base, q_bounds),
         _sequences(out, q_bounds),
+        () if attended is None else _sequences(attended, q_bounds),
         _address(tokens),
         0 if tokens is None else tokens.stride(0),
         _address(lse),
@@ -145,16 +152,22 @@ def backward(
     *,
     num_sequences: int,
     scale: float,
-    q_bounds: Tensor | None,
-    k_bounds: Tensor | None,
+    q_bounds: Tensor | None = None,
+    k_bounds: Tensor | None = None,
+    factor: float | Tensor = 1.0,
+    grad_factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in their shapes; arguments as of `forward`, out and lse as it wrote them."""
+    """Gradients of q, k and v in their shapes; arguments as of `forward`, out the attention itself and lse as it wrote them.
+
+    grad_factors: (H, all queries) fp32, written: what each head adds to the gradient of factor.
+    """
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     if out.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad, q, k, v, out = (_side_by_side(x) for x in (grad, q, k, v, out))
     is_shared = q.dim() == 3 and q_bounds is None
     parts = torch.empty(num_sequences, *q.shape) if is_shared else None
+    tokens = factor if isinstance(factor, Tensor) else None
     arguments = _BackwardArguments(
         _sequences(q, q_bounds),
         _sequences(k, k_bounds),
@@ -166,10 +179,14 @@ def backward(
         _sequences(dv, k_bounds),
         _address(parts),
         _address(lse),
+        _address(tokens),
+        0 if tokens is None else tokens.stride(0),
+        _address(grad_factors),
         lse.shape[1],
         num_sequences,
         *q.shape[-2:],
         scale,
+        1.0 if tokens is not None else factor,
     )
     call_native(f"omniid_attention_backward_{DTYPES[q.dtype]}", ctypes.addressof(arguments))
     return dq, dk, dv

@@ -13,19 +13,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _native_attention as native
-from ._launch import pick
+from ._launch import chip_of, constant_when_compiled, pick
 from .dense_attention import dense_attention
+from .fp8_rows import FP8, check_fp8
 from .varlen_cross_attention import (
     check_native,
     check_triton_head,
-    chip_of,
     preferred_order,
     varlen_cross_attention,
 )
-
-FP8 = torch.float8_e4m3fn
 
 
 def add_identity_attention_reference(
@@ -73,26 +72,29 @@ def add_identity_attention_(
         raise ValueError("add_identity_attention_ has no gradient; use add_identity_attention, or torch.no_grad()")
     if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
         raise ValueError("out holds one value in several places (an expanded tensor); make it contiguous first")
-    chosen = _picked("add_identity_attention_", _order(out, q), q.device.type, implementation)
+    chosen = _picked("add_identity_attention_", _order(out, q, k_id, training=False), q.device.type, implementation)
     if chosen == "reference":
         return out.copy_(add_identity_attention_reference(out, q, k_id, v_id, scale, k_scale=k_scale, v_scale=v_scale))
     if chosen == "torch":
         k_id, v_id = _dequantized(k_id, k_scale, q.dtype), _dequantized(v_id, v_scale, q.dtype)
         return out.add_(_spread(scale, q.dtype) * dense_attention(q, k_id, v_id))
-    token_scale = scale.expand(q.shape[:2]) if isinstance(scale, Tensor) else None
-    number = 0.0 if token_scale is not None else float(scale)
     if chosen == "native":
         k_id, v_id = _dequantized(k_id, k_scale, q.dtype), _dequantized(v_id, v_scale, q.dtype)
+        k_scale = v_scale = None
         _check_native(out, q)
-        if torch.compiler.is_compiling():
-            _operator(out, q, k_id, v_id, token_scale, number, None, None, chosen)
-        else:
-            _native_add(out, out, q, k_id, v_id, token_scale, number)
+        if not torch.compiler.is_compiling():
+            _native_add(out, out, q, k_id, v_id, scale)
             if not out.is_inference():
                 torch.autograd.graph.increment_version(out)  # autograd then notices, as after any in-place operation
-        return out
-    _check_triton(out, q)
-    _operator(out, q, k_id, v_id, token_scale, number, k_scale, v_scale, chosen)
+            return out
+    else:
+        _check_triton(out, q)
+        if k_id.dtype == FP8:
+            check_fp8("add_identity_attention_", q)
+    token_scale = scale.expand(q.shape[:2]) if isinstance(scale, Tensor) else None
+    _operator(
+        out, q, k_id, v_id, token_scale, 0.0 if token_scale is not None else float(scale), k_scale, v_scale, chosen
+    )
     return out
 
 
@@ -110,23 +112,25 @@ def add_identity_attention(
     Arguments and errors as of `add_identity_attention_`; keys and values have the dtype of q.
     """
     k_id, v_id = _fitted(out, q, k_id, v_id, scale, None, None)
-    chosen = _picked("add_identity_attention", _order(out, q), q.device.type, implementation)
+    training = _differentiated(out, q, k_id, v_id, scale)
+    chosen = _picked("add_identity_attention", _order(out, q, k_id, training), q.device.type, implementation)
     if chosen == "reference":
         return add_identity_attention_reference(out, q, k_id, v_id, scale)
     if chosen == "torch":
-        attended = dense_attention(q, k_id, v_id)
-    elif not _differentiated(out, q, k_id, v_id, scale):
+        return (out + _spread(scale, q.dtype) * dense_attention(q, k_id, v_id)).to(out.dtype)
+    eager = not torch.compiler.is_compiling()
+    _check_triton(out, q) if chosen == "triton" else _check_native(out, q)
+    if not training:
+        if chosen == "native" and eager:
+            return _native_add(torch.empty(out.shape, dtype=out.dtype), out, q, k_id, v_id, scale)
         new = out.clone(memory_format=torch.contiguous_format)
         return add_identity_attention_(new, q, k_id, v_id, scale, implementation=chosen)
-    elif chosen == "native" and not torch.compiler.is_compiling():
-        _check_native(out, q)
-        attended = native.attention(q, k_id, v_id, num_sequences=len(q), scale=q.shape[-1] ** -0.5)
-    else:
-        _check_triton(out, q) if chosen == "triton" else _check_native(out, q)
-        # The gradients need the attention itself, so nothing is saved by adding within the kernel.
-        batch, length = k_id.shape[:2]
-        bounds = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
-        attended = varlen_cross_attention(q, k_id.flatten(0, 1), v_id.flatten(0, 1), bounds, implementation=chosen)
+    if chosen == "native" and eager:
+        return _NativeSum.apply(out, q, k_id, v_id, scale)
+    # The gradients need the attention itself, so nothing is saved by adding within Triton's kernel.
+    batch, length = k_id.shape[:2]
+    bounds = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
+    attended = varlen_cross_attention(q, k_id.flatten(0, 1), v_id.flatten(0, 1), bounds, implementation=chosen)
     return (out + _spread(scale, q.dtype) * attended).to(out.dtype)
 
 
@@ -160,6 +164,10 @@ def identity_tiles(
     padded = 1 << (head_dim - 1).bit_length()
     if element_size == 4:  # fp32 uses no tensor cores, and its keys fill shared memory at twice the rate
         return IdentityTiles(32, 32, 1, False, 4, 1)
+    if capability[0] not in (9, 10):
+        # Without wgmma and tcgen05 the scores of all keys are in registers: 480 bytes spill at D = 64 on sm_80 and sm_120,
+        # with 4 warps also at D = 128 (aot).
+        return IdentityTiles(64, 64, 1, False, 4 if head_dim <= 64 else 8, 2)
     block_q = 64 if num_queries <= 64 else 128
     # 256 keys at D = 128 fit, but spill with 8 warps: 16 bytes in tiles of 64 queries, 248 in tiles of 128 (sm_90a, aot).
     # Half as many, with 128 queries, take 96 KB: less than the 99 KB of the smallest chip that aot compiles for.
@@ -185,7 +193,8 @@ def _operator(
     implementation: str,
 ) -> None:
     if implementation == "native":
-        return _native_add(out, out, q, k_id, v_id, token_scale, scale)
+        _native_add(out, out, q, k_id, v_id, scale if token_scale is None else token_scale)
+        return
     from .triton.add_identity_attention import add_in_place
 
     if q.numel() == 0:
@@ -210,33 +219,73 @@ def _(out, q, k_id, v_id, token_scale, scale, k_scale, v_scale, implementation):
 
 
 def _native_add(
-    out: Tensor, base: Tensor, q: Tensor, k_id: Tensor, v_id: Tensor, token_scale: Tensor | None, scale: float
-) -> None:
-    """out = base + scale * attention; base may be out."""
-    if q.numel() == 0:
-        return
-    if token_scale is not None:
-        token_scale = token_scale.to(torch.float32).contiguous()
-    native.forward(
-        q,
-        k_id,
-        v_id,
-        out,
-        num_sequences=q.shape[0],
-        scale=q.shape[-1] ** -0.5,
-        base=base,
-        factor=scale if token_scale is None else token_scale,
-    )
+    out: Tensor, base: Tensor, q: Tensor, k_id: Tensor, v_id: Tensor, scale: float | Tensor, **saved
+) -> Tensor:
+    """out, now base + scale * attention; base may be out. saved: what the gradients need, to be written."""
+    if q.numel() > 0:
+        native.forward(
+            q,
+            k_id,
+            v_id,
+            out,
+            num_sequences=len(q),
+            scale=q.shape[-1] ** -0.5,
+            base=base,
+            factor=_token_factors(scale, q),
+            **saved,
+        )
+    return out
 
 
-def _order(out: Tensor, q: Tensor) -> tuple[str, ...]:
-    order = preferred_order(q, q.shape[1])
+def _token_factors(scale: float | Tensor, q: Tensor) -> float | Tensor:
+    if not isinstance(scale, Tensor):
+        return float(scale)
+    return scale.detach().to(torch.float32).expand(q.shape[:2]).contiguous()
+
+
+class _NativeSum(torch.autograd.Function):
+    """The native form with gradients: nothing between the kernels passes over the pictures once more."""
+
+    @staticmethod
+    def forward(ctx, out, q, k_id, v_id, scale):
+        attended, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[2], q.shape[0] * q.shape[1])
+        new = torch.empty(q.shape, dtype=q.dtype)
+        _native_add(new, out, q, k_id, v_id, scale, attended=attended, lse=lse)
+        ctx.number = None if isinstance(scale, Tensor) else scale
+        ctx.save_for_backward(q, k_id, v_id, attended, lse, scale if ctx.number is None else None)
+        return new
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k_id, v_id, attended, lse, scale = ctx.saved_tensors
+        shares = torch.empty_like(lse) if ctx.needs_input_grad[4] else None  # of each head in the gradient of scale
+        factor = _token_factors(ctx.number if scale is None else scale, q)
+        gradients = native.backward(
+            grad,
+            q,
+            k_id,
+            v_id,
+            attended,
+            lse,
+            num_sequences=len(q),
+            scale=q.shape[-1] ** -0.5,
+            factor=factor,
+            grad_factors=shares,
+        )
+        if shares is not None:
+            shares = shares.sum(0).view(q.shape[:2]).sum_to_size(scale.shape).to(scale.dtype)
+        return grad, *gradients, shares
+
+
+def _order(out: Tensor, q: Tensor, k_id: Tensor, training: bool) -> tuple[str, ...]:
+    order = preferred_order(q, q.shape[1], q.numel() * k_id.shape[1], training)
     if order[0] == "native" and (out.stride(-1) != 1 or out.dtype != q.dtype):
         return order[1:]
     return order
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _picked(operation: str, order: tuple[str, ...], device: str, wish: str | None) -> str:
     return pick(operation, order, device=device, wish=wish)
 

@@ -65,7 +65,10 @@ class Row:
 
 
 def variants(capability: tuple[int, int]) -> Iterator[Variant]:
-    """Every kernel in bf16 at the sizes of the presets and of FLUX, with the tiles that a launch on such a chip takes."""
+    """Every kernel in bf16 at the sizes of the presets and of FLUX, with the tiles that a launch on such a chip takes.
+
+    Those that read or write e4m3 are left out on chips before sm_89, where Triton refuses them.
+    """
     yield from _varlen_variants(capability)
     yield from _identity_variants(capability)
     yield from _masked_rows_variants(capability)
@@ -118,6 +121,7 @@ def _identity_variants(capability: tuple[int, int]) -> Iterator[Variant]:
     import torch
 
     from . import add_identity_attention as identity
+    from .fp8_rows import FIRST_WITH_FP8
     from .triton import add_identity_attention as kernels
 
     for head_dim, num_heads, num_queries in ((64, 3, 64), (128, 24, 4096)):
@@ -125,7 +129,7 @@ def _identity_variants(capability: tuple[int, int]) -> Iterator[Variant]:
             batch=1, num_queries=num_queries, num_keys=256, num_heads=num_heads, head_dim=head_dim, element_size=2,
             capability=capability,
         )  # fmt: skip
-        for quantized in (False, True):
+        for quantized in (False, True) if capability >= FIRST_WITH_FP8 else (False,):
             yield Variant(
                 f"identity_{'fp8_' * quantized}d{head_dim}",
                 kernels._add,
@@ -296,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m omniid.kernels.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, help="folder for PTX and cubin; nothing is written without it")
     parser.add_argument("--chip", action="append", choices=CHIPS, help="only this chip (repeatable)")
-    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--kernel", action="append", help="only kernels whose name contains this (repeatable)")
     parser.add_argument("--json", action="store_true", help="the table as one JSON document")
     wish = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -308,11 +312,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     for chip in wish.chip or CHIPS:
         for variant in variants(CHIPS[chip]):
-            if wish.kernel in variant.name:
+            if any(part in variant.name for part in wish.kernel or [""]):
                 rows.append(compile_variant(variant, chip, wish.output))
                 print(f"compiled {variant.name} for {chip}", file=sys.stderr)
     if not rows:
-        parser.error(f"no kernel has {wish.kernel!r} in its name")
+        parser.error(f"no kernel has {' or '.join(map(repr, wish.kernel))} in its name")
     table = [dataclasses.asdict(row) for row in rows]
     if wish.json:
         print(json.dumps(table))

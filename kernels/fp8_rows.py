@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._launch import check_triton_dtype, pick
+from ._launch import check_triton_dtype, chip_of, pick
 from ._row_tiles import RowTiles, check_width, row_tiles
-from .varlen_cross_attention import chip_of
 
 FP8 = torch.float8_e4m3fn
 FIRST_WITH_FP8 = (8, 9)  # compute capability

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._launch import pick
+from ._launch import chip_of, constant_when_compiled, pick
 from ._native_library import call_native
-from .varlen_cross_attention import chip_of
 
 
 def spread_rows_reference(rows: Tensor, visible: Tensor, num_targets: int, num_patches: int) -> Tensor:
@@ -118,7 +117,7 @@ def _check_devices(rows: Tensor, index: Tensor, name: str) -> None:
         raise ValueError(f"rows are on {rows.device} but {name} on {index.device}; move both to one device")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _chosen(device: str) -> str:
     return pick("masked_rows", ("native", "reference", "triton"), device=device)
 

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import check_triton_dtype, pick
+from ._launch import check_triton_dtype, chip_of, constant_when_compiled, pick
 from ._native_library import call_native
 from .masked_rows import place_rows
-from .varlen_cross_attention import chip_of
 
 # Rows projected at once: 1.2 MB of bf16 predictions at the paper's size. One AVX-512 core, bf16, 7360 x 192 -> 192: 128
 # rows 3.5 ms, 256 2.4, 512 1.8, 1024 1.6, all at once 1.6.
@@ -129,7 +128,7 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor, pixels: Tensor, face_ma
             raise ValueError(f"hidden is on {hidden.device} but {name} on {x.device}; move all to one device")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _chosen(device: str) -> str:
     return pick("patch_l1", ("native", "reference", "triton"), device=device)
 

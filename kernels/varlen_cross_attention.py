@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _native_attention as native
-from ._launch import interpreting, pick
+from ._launch import chip_of, constant_when_compiled, interpreting, pick
 from .dense_attention import dense_attention
 
 MAX_SEQUENCES = 1 << 16  # Triton's tiles find their sequence by a scan over all
@@ -65,8 +65,10 @@ def varlen_cross_attention(
     if compiling:
         chosen = implementation or ""
     else:
-        num_queries = q.shape[-3] if cu_seqlens_q is None else q.shape[0] // max(cu_seqlens_q.shape[0] - 1, 1)
-        order = preferred_order(q, num_queries)
+        num_sequences = max(cu_seqlens_k.shape[0] - 1, 1)
+        num_queries = q.shape[-3] if cu_seqlens_q is None else q.shape[0] // num_sequences
+        training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        order = preferred_order(q, num_queries, num_queries * k.numel(), training)
         chosen = pick("varlen_cross_attention", order, device=q.device.type, wish=implementation)
     if chosen == "torch":
         _check_bounds(q, k, cu_seqlens_k, cu_seqlens_q)
@@ -76,24 +78,36 @@ def varlen_cross_attention(
     return _operator(q, k, v, cu_seqlens_k, cu_seqlens_q, scale, chosen)[0]
 
 
-def native_is_faster(*, dtype: torch.dtype, num_queries: int, capability: str) -> bool:
-    """Whether the native form beats PyTorch's on a CPU; num_queries of each sequence, capability as
-    `torch.backends.cpu.get_cpu_capability` has it.
+def native_is_faster(
+    *, dtype: torch.dtype, num_queries: int, multiply_adds: int, training: bool, capability: str
+) -> bool:
+    """Whether the native form beats PyTorch's on a CPU.
+
+    num_queries: of each sequence. multiply_adds: of the product of queries and keys, over all sequences and heads.
+    capability: as of `torch.backends.cpu.get_cpu_capability`. Ratios are of one AVX2 core at 2.4 GHz, in fp32.
     """
     if dtype not in native.DTYPES or capability != "AVX2":
-        return False
-    return num_queries >= 8
+        return False  # not measured with AVX-512, whose AVX512_BF16 also gives PyTorch fast products in bf16
+    if num_queries < 32:
+        return False  # a tile holds 16 queries: 0.5 of PyTorch's speed at 1, 0.8 to 0.95 at 8, 0.95 to 1.2 at 16
+    if training and dtype == torch.bfloat16:
+        return True  # 1.5 to 12 times, for PyTorch's products take 1 to 3 GFLOP/s
+    return multiply_adds >= 1 << 20  # a call costs 0.04 ms more than PyTorch's: 0.8 at 0.4 million, 1.0 at 1.6 million
 
 
-def preferred_order(q: Tensor, num_queries: int) -> tuple[str, ...]:
-    """Implementations in the order in which `auto` tries them for queries q."""
+def preferred_order(q: Tensor, num_queries: int, multiply_adds: int, training: bool) -> tuple[str, ...]:
+    """Implementations in the order in which `auto` tries them for queries q; other arguments as of `native_is_faster`."""
     first = q.device.type == "cpu" and native_is_faster(
-        dtype=q.dtype, num_queries=num_queries, capability=_cpu_capability()
+        dtype=q.dtype,
+        num_queries=num_queries,
+        multiply_adds=multiply_adds,
+        training=training,
+        capability=_cpu_capability(),
     )
     return ("native", "torch", "triton", "reference") if first else ("torch", "triton", "native", "reference")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _cpu_capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
@@ -130,6 +144,10 @@ def forward_tiles(
         block_q, block_k, num_warps, num_stages = 64, 32, 4, 2
     elif num_queries <= 64:  # less than half of a 128-row tile would be used
         block_q, block_k, num_warps, num_stages = 64, 64, 4, 2
+    elif capability[0] == 10 and head_dim & (head_dim - 1):
+        # A head in two parts: with 64 keys ptxas stops at 128 registers and the packed form spills 8 bytes (sm_100a, D = 80);
+        # with 128 keys it takes 181 and spills nothing, with 82 KB of shared memory. Not timed.
+        block_q, block_k, num_warps, num_stages = 128, 128, 8, 2
     else:  # twice the reuse of each key; 8 warps keep it from spilling
         block_q, block_k, num_warps, num_stages = 128, 64, 8, 2
     programs = -(-num_queries // block_q) * num_sequences * num_heads
@@ -146,7 +164,11 @@ def backward_tiles(*, head_dim: int, element_size: int, capability: tuple[int, i
     if element_size == 4:
         return Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)
     num_warps = 4 if head_dim <= 64 else 8  # two (64, D) accumulators and two (64, 64) score tiles live at once
-    return Tiles(64, 64, num_warps, 2), Tiles(64, 64, num_warps, 2)
+    tiles = Tiles(64, 64, num_warps, 2)
+    if capability[0] not in (9, 10) and head_dim & (head_dim - 1):
+        # Without wgmma and tcgen05 all of it is in registers: D = 80 spills 16 bytes on sm_80 and 48 on sm_120 (aot).
+        return tiles, Tiles(32, 64, 8, 2)
+    return tiles, tiles
 
 
 @torch.library.custom_op("omniid::varlen_cross_attention", mutates_args=())
@@ -340,14 +362,6 @@ def _picked(q: Tensor, implementation: str) -> str:
     # Reached with "" only from compiled code, where PyTorch's own form would have to read lengths while tracing.
     order = ("native", "reference", "triton") if q.dtype in native.DTYPES else ("reference", "triton", "native")
     return pick("varlen_cross_attention", order, device=q.device.type, wish=implementation or None)
-
-
-def chip_of(q: Tensor) -> tuple[tuple[int, int] | None, int]:
-    """Compute capability (None in the interpreter) and number of multiprocessors of the device that holds q."""
-    if not q.is_cuda:
-        return None, 1
-    properties = torch.cuda.get_device_properties(q.device)
-    return (properties.major, properties.minor), properties.multi_processor_count
 
 
 def _check_triton(q: Tensor, cu_seqlens_k: Tensor) -> None:

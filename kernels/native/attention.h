@@ -1,8 +1,8 @@
 // What the attention kernels share: where the tensors lie, tiles in scratch memory, and the loops over a tile.
 //
 // Scores are kept transposed, a row of 16 queries for each key. So the softmax runs down columns, never across a vector,
-// and every product of forward and backward takes its left side value by value and its right side in rows of 16: keys and
-// values are used as they lie, and only queries (and their gradients) are ever transposed, once.
+// and every product of forward and backward takes its left side value by value and its right side in rows of 16: keys
+// and values are used as they lie, and only queries (and their gradients) are ever transposed, once.
 #pragma once
 #include "rows.h"
 
@@ -48,7 +48,8 @@ struct Sequences {
 // Memory of one thread, cut into pieces that start at a cache line.
 class Scratch {
 public:
-    Scratch(int64_t floats, int64_t most_pieces) : memory_(new float[static_cast<size_t>(floats + 16 * (most_pieces + 1))]) {
+    Scratch(int64_t floats, int64_t most_pieces)
+        : memory_(new float[static_cast<size_t>(floats + 16 * (most_pieces + 1))]) {
         const auto address = reinterpret_cast<uintptr_t>(memory_.get());
         next_ = memory_.get() + (64 - address % 64) % 64 / sizeof(float);
     }
@@ -95,8 +96,8 @@ void scale_rows(float* x, int64_t rows, int64_t width, const float* factors);
 void store_row(const float* x, float factor, const float* base, int64_t size, float* out);
 void store_row(const float* x, float factor, const Bf16* base, int64_t size, Bf16* out);
 
-// scores (keys, row) become probabilities p = 2 ^ (scores - lse), slopes (keys, row) become scale * p * (slopes - delta);
-// lse and delta (row), a multiple of 8.
+// scores (keys, row) become probabilities p = 2 ^ (scores - lse), slopes (keys, row) become
+// scale * p * (slopes - delta); lse and delta (row), a multiple of 8.
 void softmax_backward_tile(float* scores, float* slopes, int64_t keys, int64_t row, const float* lse,
                            const float* delta, float scale);
 

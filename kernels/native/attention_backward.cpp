@@ -1,9 +1,9 @@
-// Gradients of softmax(scale q k^T) v over sequences of any lengths; the definition is in
-// kernels/varlen_cross_attention.py.
+// Gradients of factor * softmax(scale q k^T) v over sequences of any lengths; the definitions are in
+// kernels/varlen_cross_attention.py and kernels/add_identity_attention.py.
 //
 // A unit of work is one head of one sequence: no sum is shared between threads, and every sum has a fixed order. With
-// p = exp(scale q k^T - lse) and g the incoming gradient: dv = p^T g, s = scale p (g v^T - sum(g out)), dq = s k,
-// dk = s^T q. Scores are computed anew, tile by tile.
+// p = exp(scale q k^T - lse) and g the incoming gradient times factor: dv = p^T g,
+// s = scale p (g v^T - sum(g out)), dq = s k, dk = s^T q. Scores are computed anew, tile by tile.
 #include "attention.h"
 
 #include <algorithm>
@@ -19,9 +19,12 @@ struct BackwardArguments {
     Sequences<const T> q, k, v, out, grad;
     Sequences<T> dq, dk, dv;
     float* dq_parts;  // (sequences, queries, heads, size), or null: of a q that all sequences share, summed into dq
-    const float* lse;  // (heads, all_queries)
+    const float* lse;            // (heads, all_queries)
+    const float* token_factors;  // (sequences, queries) by which attention was multiplied, or null: `factor` for all
+    int64_t token_stride;        // between sequences
+    float* grad_factors;         // (heads, all_queries) out, or null: each head's share of the factors' gradient
     int64_t all_queries, num_sequences, num_heads, size;
-    double scale;
+    double scale, factor;
 };
 
 template <typename T>
@@ -33,7 +36,9 @@ public:
           panels((a.size + kLanes - 1) / kLanes),
           most_keys(std::min(kMostKeys, a.k.longest(a.num_sequences))),
           most_queries((a.q.longest(a.num_sequences) + kQueries - 1) / kQueries * kQueries),
-          memory(most_queries * (5 * width + 2) + 2 * kQueries * width + most_keys * (4 * width + 2 * kQueries), 15),
+          memory(most_queries * (5 * width + 2) + 2 * kQueries * width +
+                     most_keys * (4 * width + 2 * kQueries) + kQueries,
+                 16),
           q(memory.take(most_queries * width)),
           q_turned(memory.take(most_queries * width)),
           grad(memory.take(most_queries * width)),
@@ -41,6 +46,7 @@ public:
           dq(memory.take(most_queries * width)),
           out(memory.take(kQueries * width)),
           out_turned(memory.take(kQueries * width)),
+          factors(memory.take(kQueries)),
           lse(memory.take(most_queries)),
           delta(memory.take(most_queries)),
           k(memory.take(most_keys * width)),
@@ -72,17 +78,30 @@ private:
         widen_rows(a.grad.at(sequence, first, head), a.grad.row_stride, count, a.size, grad + first * width, width,
                    kQueries);
         widen_rows(a.out.at(sequence, first, head), a.out.row_stride, count, a.size, out, width, kQueries);
-        for (int64_t lane = 0; lane < kQueries; lane += kLanes) {
-            const float factor = static_cast<float>(a.scale) * kLog2E;
-            const int64_t from = (first + lane) * width, to = first * width + lane;
-            transpose_rows(q + from, width, a.size, factor, q_turned + to, kQueries);
-            transpose_rows(grad + from, width, a.size, 1, grad_turned + to, kQueries);
-            transpose_rows(out + lane * width, width, a.size, 1, out_turned + lane, kQueries);
+        float* turned = grad_turned + first * width;
+        transpose_block(grad + first * width, 1, turned);
+        transpose_block(out, 1, out_turned);
+        transpose_block(q + first * width, static_cast<float>(a.scale) * kLog2E, q_turned + first * width);
+        dot_columns(out_turned, turned, a.size, kQueries, delta + first);
+        for (int64_t i = 0; i < kQueries; ++i) {
+            const int64_t place = head * a.all_queries + a.out.place(sequence, first + i);
+            const float by = a.token_factors && i < count ? a.token_factors[sequence * a.token_stride + first + i]
+                                                          : static_cast<float>(a.factor);
+            lse[first + i] = i < count ? a.lse[place] * kLog2E : 0.0f;
+            if (a.grad_factors && i < count) a.grad_factors[place] = delta[first + i];
+            delta[first + i] *= by;
+            factors[i] = by;
         }
-        dot_columns(out_turned, grad_turned + first * width, a.size, kQueries, delta + first);
-        for (int64_t i = 0; i < kQueries; ++i)
-            lse[first + i] =
-                i < count ? a.lse[head * a.all_queries + a.out.place(sequence, first + i)] * kLog2E : 0.0f;
+        if (a.token_factors || a.factor != 1) {
+            scale_rows(grad + first * width, kQueries, width, factors);
+            transpose_block(grad + first * width, 1, turned);
+        }
+    }
+
+    // out (size, 32) = factor * x (32, width) transposed
+    void transpose_block(const float* x, float factor, float* to) {
+        for (int64_t lane = 0; lane < kQueries; lane += kLanes)
+            transpose_rows(x + lane * width, width, a.size, factor, to + lane, kQueries);
     }
 
     // All queries meet `count` keys, whose gradients are complete after that.
@@ -116,6 +135,7 @@ private:
     float* const dq;           // as q
     float* const out;          // (32, width)
     float* const out_turned;   // (size, 32)
+    float* const factors;      // (32)
     float* const lse;          // (most_queries), in units of ln 2
     float* const delta;        // (most_queries) sum of grad * out
     float* const k;            // (most_keys, width)

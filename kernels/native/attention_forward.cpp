@@ -1,9 +1,9 @@
 // out = base + factor * softmax(scale q k^T) v over sequences of any lengths; the definitions are in
 // kernels/varlen_cross_attention.py and kernels/add_identity_attention.py.
 //
-// A unit of work is some queries of one sequence and head. Keys and values pass by once for all of them, in tiles that are
-// widened into scratch memory. A query's result depends on nothing but its own sequence, so neither the number of threads
-// nor the size of a unit changes a bit.
+// A unit of work is some queries of one sequence and head. Keys and values pass by once for all of them, in tiles that
+// are widened into scratch memory. A query's result depends on nothing but its own sequence, so neither the number of
+// threads nor the size of a unit changes a bit.
 #include "attention.h"
 
 #include <algorithm>
@@ -19,7 +19,7 @@ constexpr int64_t kMostQueries = 128;  // of a unit: with a tile of keys and val
 template <typename T>
 struct ForwardArguments {
     Sequences<const T> q, k, v, base;  // base.data null: nothing is added; it may be out.data
-    Sequences<T> out;
+    Sequences<T> out, attended;        // attended.data null, or: the attention itself, which gradients need
     const float* token_factors;  // (sequences, queries), or null: `factor` for all
     int64_t token_stride;        // between sequences
     float* lse;                  // (heads, all_queries) out, or null: logarithm of each softmax's denominator
@@ -101,6 +101,8 @@ private:
         store_row(sums + i * width, factor / total[i],
                   a.base.data ? a.base.at(unit.sequence, row, unit.head) : nullptr, a.size,
                   a.out.at(unit.sequence, row, unit.head));
+        if (a.attended.data)
+            store_row(sums + i * width, 1 / total[i], nullptr, a.size, a.attended.at(unit.sequence, row, unit.head));
         if (a.lse) a.lse[unit.head * a.all_queries + a.out.place(unit.sequence, row)] =
             (most[i] + std::log2(total[i])) * kLn2;
     }

@@ -63,7 +63,8 @@ OMNIID_INLINE void product_of(bool add, int64_t rows, int64_t depth, const float
     }
 }
 
-// target_clones would compile one width for all; these differ in width and number of registers: 16 of 8 lanes, 32 of 16.
+// target_clones would compile one width for all; these differ in width and number of registers: 16 of 8 lanes, 32 of
+// 16.
 #if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12
 __attribute__((target("arch=x86-64-v4"))) void product_version(bool add, int64_t rows, int64_t depth, const float* a,
                                                                int64_t a_row, int64_t a_step, const float* b,

@@ -306,7 +306,8 @@ def test_tiles_follow_from_sizes():
     # 5 programs for each of 24 heads, of 7 tiles each: 120 of 132 multiprocessors in one wave.
     assert identity_tiles(**sizes | {"head_dim": 64}, capability=(9, 0)) == IdentityTiles(128, 256, 7, True, 8, 1)
     assert identity_tiles(**sizes | {"num_keys": 16, "num_queries": 64}, capability=(9, 0)).num_warps == 4
-    assert identity_tiles(**sizes | {"num_keys": 128}, capability=(12, 0)).resident
+    assert identity_tiles(**sizes | {"num_keys": 128}, capability=(9, 0)).resident
+    assert not identity_tiles(**sizes | {"num_keys": 128}, capability=(12, 0)).resident  # it would spill there
     assert not identity_tiles(**sizes | {"num_keys": 300, "head_dim": 32}, capability=(9, 0)).resident
     assert identity_tiles(**sizes | {"element_size": 4}, capability=(9, 0)) == IdentityTiles(32, 32, 1, False, 4, 1)
     assert identity_tiles(**sizes, capability=None) == IdentityTiles(128, 256, 1, True, 4, 1)

@@ -333,12 +333,16 @@ def test_native_refuses_what_it_cannot_do(monkeypatch):
 
 
 def test_where_native_is_faster():
-    mini = {"dtype": torch.float32, "num_queries": 32, "capability": "AVX2"}
-    assert native_is_faster(**mini)
-    assert native_is_faster(**mini | {"dtype": torch.bfloat16})
-    assert not native_is_faster(**mini | {"dtype": torch.float16})
-    assert not native_is_faster(**mini | {"num_queries": 1})
-    assert not native_is_faster(**mini | {"capability": "AVX512"})
+    mini = {"dtype": torch.float32, "num_queries": 32, "multiply_adds": 6 << 20, "training": False}
+    assert native_is_faster(**mini, capability="AVX2")
+    assert native_is_faster(**mini | {"dtype": torch.bfloat16}, capability="AVX2")
+    assert not native_is_faster(**mini | {"dtype": torch.float16}, capability="AVX2")
+    assert not native_is_faster(**mini | {"num_queries": 16}, capability="AVX2")
+    assert not native_is_faster(**mini, capability="AVX512")
+    small = mini | {"multiply_adds": 400_000}
+    assert not native_is_faster(**small, capability="AVX2")
+    assert not native_is_faster(**small | {"training": True}, capability="AVX2")
+    assert native_is_faster(**small | {"training": True, "dtype": torch.bfloat16}, capability="AVX2")
 
 
 def test_tiles_follow_from_sizes():
