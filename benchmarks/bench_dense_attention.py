@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from harness import report, time_in_turn
+from harness import report, time_in_turn, training_dtype
 
 from omniid.kernels.dense_attention import dense_attention, dense_attention_reference
 
@@ -24,12 +24,12 @@ def fused(q, k, v):
 
 
 def setup(shape: tuple[int, ...]):
-    """Cases over one set of inputs in bf16."""
+    """Cases over one set of inputs in the precision of training."""
     batch, queries, keys, heads, size = shape
     generator = torch.Generator().manual_seed(0)
 
     def make(length):
-        return torch.randn(batch, length, heads, size, generator=generator).bfloat16().requires_grad_()
+        return torch.randn(batch, length, heads, size, generator=generator).to(training_dtype()).requires_grad_()
 
     q, k, v, upstream = make(queries), make(keys), make(keys), make(queries).detach()
 
@@ -49,5 +49,6 @@ for shape in SHAPES:
 report(
     "dense_attention",
     rows,
-    "Forward and backward in bf16, medians. The ratio says how much faster training's choice is than the fused call.",
+    f"Forward and backward in {str(training_dtype())[6:]}, medians. The ratio says how much faster training's choice is "
+    "than the fused call.",
 )

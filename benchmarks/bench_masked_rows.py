@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from harness import DEVICE, forced, report, time_in_turn
+from harness import DEVICE, forced, report, time_in_turn, training_dtype
 
 from omniid.config import load_preset
 from omniid.kernels.masked_rows import pick_rows, pick_rows_reference, spread_rows, spread_rows_reference
@@ -13,7 +13,7 @@ NUM_TARGETS, FACE_SHARE = 8, 0.45
 
 
 def setup(preset_name: str, num_identities: int):
-    """Both forms over the same inputs in bf16 autocast; faces fill an ellipse-like 45 % of the patches."""
+    """Both forms over the same inputs in the precision of training; faces fill an ellipse-like 45 % of the patches."""
     preset = load_preset(preset_name)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def setup(preset_name: str, num_identities: int):
 
     def run(fast_rows):
         def step():
-            with torch.autocast(DEVICE, torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=training_dtype() == torch.bfloat16):
                 loss = decoder.loss(codes, targets, masks, visible, fast_rows=fast_rows)
             return torch.autograd.grad(loss, list(decoder.parameters()))
 
@@ -58,8 +58,9 @@ def setup_movement(preset_name: str, num_identities: int, movement: str):
             upstream = torch.randn(samples, patches, decoder.width, generator=generator)
         else:  # attention takes and returns keys head by head
             heads = (decoder.num_heads, decoder.width // decoder.num_heads)
-            rows = torch.randn(num_identities, unique, *heads, generator=generator).bfloat16()
-            upstream = torch.randn(samples, heads[0], patches, heads[1], generator=generator).bfloat16().transpose(1, 2)
+            rows = torch.randn(num_identities, unique, *heads, generator=generator).to(training_dtype())
+            upstream = torch.randn(samples, heads[0], patches, heads[1], generator=generator)
+            upstream = upstream.to(training_dtype()).transpose(1, 2)
         forms = (spread_rows_reference, spread_rows)
     rows = rows.to(DEVICE).requires_grad_()
     upstream, rest = upstream.to(DEVICE), [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in rest]

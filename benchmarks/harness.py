@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from omniid.train.precision import choose_precision
+
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,6 +61,11 @@ def forced(implementation: str, function: Callable) -> Callable:
                 os.environ["OMNIID_KERNELS"] = before
 
     return run
+
+
+def training_dtype() -> torch.dtype:
+    """bf16 where this machine multiplies it in hardware, else fp32: in what `precision = "auto"` trains."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[choose_precision("auto", DEVICE == "cpu")]
 
 
 def hardware() -> dict[str, str]:
