@@ -14,28 +14,10 @@ from omniid.errors import OmniIDError
 from omniid.models.identity_adapter import IdentityAdapter
 from omniid.models.landmark_controlnet import build_landmark_controlnet, load_landmark_controlnet
 from omniid.models.mini_base import build_base
-from omniid.train.base import save_base
 from omniid.train.control import ControlStage
 from omniid.train.draws import identity_generators
 from omniid.train.flow import FlowStage
-from omniid.train.mtd import MTDStage
 from omniid.train.run import run_stage
-
-
-@pytest.fixture(scope="module")
-def weights(tiny, tmp_path_factory):
-    """What `base` and `mtd` leave, with a base whose blocks pass signals on."""
-    folder = tmp_path_factory.mktemp("weights")
-    pipeline = build_base(tiny.base.sizes, tiny.base.max_sequence_length, ["photo", "of", "a", "person"], seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in pipeline.transformer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    save_base(pipeline, folder / "base")
-    torch.manual_seed(0)
-    MTDStage(tiny).export(folder)
-    (folder / "preset.toml").write_text(preset_to_toml(tiny))
-    return folder
 
 
 @pytest.fixture

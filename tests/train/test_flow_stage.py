@@ -7,29 +7,11 @@ from omniid.config import preset_to_toml
 from omniid.data.few_to_many import FewToManyBatches
 from omniid.data.records import open_records
 from omniid.errors import OmniIDError
-from omniid.models.encoder import OmniIDEncoder, load_encoder
+from omniid.models.encoder import load_encoder
 from omniid.models.identity_adapter import IdentityAdapter
-from omniid.models.mini_base import build_base
-from omniid.train.base import save_base
 from omniid.train.draws import identity_generators
 from omniid.train.flow import FlowStage
 from omniid.train.flow_matching import draw_noise, draw_times, flow_matching_loss
-
-
-@pytest.fixture(scope="module")
-def weights(tiny, tmp_path_factory):
-    """A weights folder after stages `base` and `mtd`, with random weights that let the adapter act."""
-    folder = tmp_path_factory.mktemp("weights")
-    pipeline = build_base(tiny.base.sizes, tiny.base.max_sequence_length, ["photo", "of", "a", "person"], seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in pipeline.transformer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    save_base(pipeline, folder / "base")
-    torch.manual_seed(0)
-    OmniIDEncoder.from_preset(tiny).save(folder / "encoder.safetensors")
-    (folder / "preset.toml").write_text(preset_to_toml(tiny))
-    return folder
 
 
 @pytest.fixture(scope="module")
