@@ -148,6 +148,8 @@ class BaseConfig:
     """T5 tokens of a prompt."""
     num_inference_steps: int
     guidance_scale: float
+    id_guidance: float = 1.0
+    """How many times what an identity changes is taken when generating; other than 1 costs twice the time."""
     prompt: str = "photo of a person."
     """The fixed prompt y of the flow-matching stage (Sec. 3.3)."""
     sizes: BaseSizes | None = None

@@ -30,6 +30,7 @@ class GenerateDefaults:
     image_size: int = 512
     num_inference_steps: int = 28
     guidance_scale: float = 3.5
+    id_guidance: float = 1.0
     max_sequence_length: int = 512
 
 
@@ -67,6 +68,7 @@ class Generator:
         id_scale: float | Tensor | Sequence[float | Tensor] = 1.0,
         id_start: float = 0.0,
         id_end: float = 1.0,
+        id_guidance: float | None = None,
         negative_prompt: str | None = None,
         negative_scale: float = 2.0,
         landmarks: "np.ndarray | None" = None,
@@ -77,7 +79,9 @@ class Generator:
         identity: one person, several (each added with its own `id_scale`), or None for the base's own picture.
         id_scale: strength of the identity, 0 to leave it out; a tensor (height / 16 * width / 16,) is a map with one
         value per image token, row by row. id_start, id_end: the part of the steps, 0..1, in which identities act.
-        negative_scale: how strongly `negative_prompt` pushes away (true classifier-free guidance, twice the time).
+        id_guidance: how many times what the identities change is taken, by running every step without them too (twice the
+        time unless it is 1); by default the preset's. negative_scale: how strongly `negative_prompt` pushes away (true
+        classifier-free guidance, twice the time).
         landmarks: (66, 2) in pixels of the picture, where eyes, nose, lips and jaw are to be (`faces.landmarks`);
         landmark_scale: how strongly. Picture i has seed `seed + i`. Raises GenerateError for values that cannot be used,
         AdapterError or IdentityFileError for identities of another encoder.
@@ -88,6 +92,9 @@ class Generator:
         height, width = height or defaults.image_size, width or defaults.image_size
         steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        id_guidance = defaults.id_guidance if id_guidance is None else id_guidance
+        if not math.isfinite(id_guidance):
+            raise GenerateError(f"the identity's guidance must be finite, got {id_guidance}")
         self._check(prompt, seed, num_images, height, width, steps, id_start, id_end)
         uses = self._uses(identity, id_scale, num_tokens=(height // 16) * (width // 16))
         pipeline, control = self._control(landmarks, landmark_scale, width, height)
@@ -95,7 +102,7 @@ class Generator:
         def is_active(step: int) -> float:
             return 1.0 if id_start <= step / steps < id_end else 0.0
 
-        with attach_identities(self.pipeline.transformer, uses) as attached:
+        with attach_identities(self.pipeline.transformer, uses, guidance=id_guidance) as attached:
             attached.strength = is_active(0)
 
             def choose_strength(pipeline, step: int, time, tensors: dict) -> dict:
@@ -232,6 +239,7 @@ def load_generator(
         image_size=preset.image_size,
         num_inference_steps=preset.num_inference_steps,
         guidance_scale=preset.guidance_scale,
+        id_guidance=preset.id_guidance,
         max_sequence_length=preset.max_sequence_length,
     )
     loaded = IdentityAdapter.load(adapter or folder / "adapter.safetensors", device)

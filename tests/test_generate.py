@@ -12,7 +12,8 @@ from omniid.data.synthetic import template_landmarks
 from omniid.errors import OmniIDError
 from omniid.generate import GenerateError, load_generator
 from omniid.identity import Identity
-from omniid.models.identity_adapter import AdapterError, IdentityAdapter
+from omniid.models.flux import embed_text, predict_velocity
+from omniid.models.identity_adapter import AdapterError, IdentityAdapter, IdentityUse, attach_identities
 from omniid.models.landmark_controlnet import build_landmark_controlnet, save_landmark_controlnet
 from omniid.models.mini_base import build_base
 from omniid.train.base import save_base
@@ -172,6 +173,33 @@ def test_an_adapter_of_another_base_is_refused(weights, tiny, tmp_path):
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(OmniIDError, match="no trained weights for"):
         load_generator(tmp_path)
+
+
+def test_identity_guidance_takes_the_change_that_many_times(generator):
+    def drawn(**settings):
+        return pixels(generator.generate(person(0), "photo", num_inference_steps=1, **settings))
+
+    plain, once, twice = drawn(id_scale=0.0), drawn(), drawn(id_guidance=2.0)
+    assert (drawn(id_guidance=1.0) == once).all() and (drawn(id_guidance=0.0) == plain).all()
+    assert (twice != once).any()
+    assert (drawn(id_scale=0.0, id_guidance=3.0) == plain).all()
+    with pytest.raises(GenerateError, match="guidance must be finite"):
+        drawn(id_guidance=float("inf"))
+
+
+def test_guidance_is_linear_in_the_velocity(generator):
+    transformer, use = generator.pipeline.transformer, IdentityUse(generator._project(person(0)))
+    random = torch.Generator().manual_seed(0)
+    text = embed_text(generator.pipeline, ["photo"], 24)
+    arguments = (torch.randn(1, 16, 4, 4, generator=random), torch.tensor([0.5]), text, torch.tensor([3.5]))
+    velocities = []
+    with torch.inference_mode():
+        for guidance in (0.0, 1.0, 3.0):
+            with attach_identities(transformer, [use], guidance=guidance):
+                velocities.append(predict_velocity(transformer, *arguments))
+    none, one, three = velocities
+    torch.testing.assert_close(three, none + 3 * (one - none))
+    torch.testing.assert_close(none, predict_velocity(transformer, *arguments))
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,11 @@ class Pose(click.ParamType):
 @click.option(
     "--id-scale", type=float, default=1.0, show_default=True, help="Strength of the identity; 0 leaves it out."
 )
+@click.option(
+    "--id-guidance",
+    type=float,
+    help="How many times the identity's change is taken; other than 1 takes twice the time.",
+)
 @click.option("--id-start", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="The identity acts from")
 @click.option(
     "--id-end", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="to this part of the steps."
@@ -69,8 +74,8 @@ class Pose(click.ParamType):
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def generate(
-    identity_path, prompt, output, seed, steps, guidance, id_scale, id_start, id_end, num_images, size, landmarks, pose,
-    landmark_scale, negative, preset, base, adapter, metadata, as_json,
+    identity_path, prompt, output, seed, steps, guidance, id_scale, id_guidance, id_start, id_end, num_images, size,
+    landmarks, pose, landmark_scale, negative, preset, base, adapter, metadata, as_json,
 ):  # fmt: skip
     """Draws a person from an identity file and a prompt.
 
@@ -104,6 +109,7 @@ def generate(
         "num_inference_steps": steps or generator.defaults.num_inference_steps,
         "guidance_scale": generator.defaults.guidance_scale if guidance is None else guidance,
         "id_scale": id_scale,
+        "id_guidance": generator.defaults.id_guidance if id_guidance is None else id_guidance,
         "id_start": id_start,
         "id_end": id_end,
         "negative_prompt": negative,

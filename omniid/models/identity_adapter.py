@@ -172,11 +172,16 @@ def add_identity_attention(
 class AttachedIdentities:
     """The identities that the processors of one transformer add now; the list may change from step to step."""
 
-    def __init__(self, uses: Sequence[IdentityUse], for_training: bool):
-        self.uses, self.for_training = list(uses), for_training
+    def __init__(self, uses: Sequence[IdentityUse], for_training: bool, guidance: float = 1.0):
+        self.uses, self.for_training, self.guidance = list(uses), for_training, guidance
         self.strength = 1.0
         """Factor on all scales, for schedules: 0 skips the identities altogether."""
         self.num_image_tokens = 0
+
+    @property
+    def act(self) -> bool:
+        """Whether any identity changes this step."""
+        return self.strength != 0 and any(isinstance(use.scale, Tensor) or use.scale != 0 for use in self.uses)
 
     def of_block(self, block: int) -> list[tuple[Tensor, Tensor, float | Tensor]]:
         """Keys, values and scale of every identity that acts in this step."""
@@ -250,15 +255,17 @@ class IdentityAttnProcessor:
 
 @contextlib.contextmanager
 def attach_identities(
-    transformer: nn.Module, uses: Sequence[IdentityUse], for_training: bool = False
+    transformer: nn.Module, uses: Sequence[IdentityUse], for_training: bool = False, guidance: float = 1.0
 ) -> Iterator[AttachedIdentities]:
     """Within it, the transformer draws the given identities; afterwards it is as it was before.
 
     for_training: take this package's attention for the joint part too, whose backward is several times faster on a CPU;
     its output equals diffusers' to rounding. Otherwise the joint part is diffusers' own, to the bit.
+    guidance: other than 1, every step runs without the identities too, and what they change is taken that many times
+    (classifier-free guidance by the identity; twice the time).
     Yields the state that the processors read, so that a caller can change strengths between steps.
     """
-    attached = AttachedIdentities(uses, for_training)
+    attached = AttachedIdentities(uses, for_training, guidance)
     modules = attention_modules(transformer)
     before = [attention.processor for attention in modules]
 
@@ -266,12 +273,27 @@ def attach_identities(
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         attached.num_image_tokens = hidden_states.shape[1]
 
-    hook = transformer.register_forward_pre_hook(count_image_tokens, with_kwargs=True)
+    def guide(module: nn.Module, args: tuple, kwargs: dict, output):
+        if attached.guidance == 1 or not attached.act:
+            return output
+        strength, attached.strength = attached.strength, 0.0  # which also ends the recursion
+        try:
+            plain = module(*args, **kwargs)[0]
+        finally:
+            attached.strength = strength
+        guided = plain + attached.guidance * (output[0] - plain)
+        return (guided,) if isinstance(output, tuple) else type(output)(sample=guided)
+
+    hooks = [
+        transformer.register_forward_pre_hook(count_image_tokens, with_kwargs=True),
+        transformer.register_forward_hook(guide, with_kwargs=True),
+    ]
     try:
         for block, attention in enumerate(modules):
             attention.set_processor(IdentityAttnProcessor(block, attached))
         yield attached
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for attention, processor in zip(modules, before, strict=True):
             attention.set_processor(processor)
