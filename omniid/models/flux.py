@@ -5,6 +5,7 @@ Shapes: B pictures, C latent channels, h x w latents, L_img = h / 2 * w / 2 imag
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -121,6 +122,14 @@ def base_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
     raise OmniIDError(
         f"the sizes of the base {config.path!r} are not known without its files; name its folder with --set base.path=FOLDER"
     )
+
+
+def drop_origin(folder: Path) -> None:
+    """Takes out of a saved folder's configurations where each part was loaded from: a path of this machine."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from omniid.errors import OmniIDError
 from omniid.faces.landmarks import draw_landmarks
-from omniid.models.flux import encode_images, layout_of
+from omniid.models.flux import drop_origin, encode_images, layout_of
 
 
 def build_landmark_controlnet(transformer: nn.Module, num_double_blocks: int, num_single_blocks: int) -> nn.Module:
@@ -63,6 +63,7 @@ def save_landmark_controlnet(controlnet: nn.Module, folder: str | Path, dtype: t
     fresh = folder.with_name(folder.name + ".writing")
     shutil.rmtree(fresh, ignore_errors=True)
     copy.deepcopy(controlnet).to(device="cpu", dtype=dtype).save_pretrained(fresh)
+    drop_origin(fresh)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from omniid.config import ConfigError, Preset
 from omniid.data.few_to_many import Batch
 from omniid.models.dct_encoder import set_dct_encoder
-from omniid.models.flux import decode_latents, embed_text, encode_images, load_base, predict_velocity
+from omniid.models.flux import decode_latents, drop_origin, embed_text, encode_images, load_base, predict_velocity
 from omniid.models.identity_adapter import attach_identities
 from omniid.models.mini_base import build_base, copy_case
 from omniid.train.flow_matching import draw_noise, flow_matching_loss
@@ -212,6 +212,7 @@ def save_base(pipeline, folder: Path, dtype: torch.dtype = torch.bfloat16, **rep
     fresh = folder.with_name(folder.name + ".writing")
     shutil.rmtree(fresh, ignore_errors=True)
     type(pipeline)(**parts).save_pretrained(fresh)
+    drop_origin(fresh)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 

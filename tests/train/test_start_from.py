@@ -57,6 +57,8 @@ def test_base_keeps_its_autoencoder(frozen, trained, records, tmp_path):
     assert not (tmp_path / "run" / "autoencoder").exists()
     vae = "base/vae/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "run" / "weights" / vae).read_bytes() == (trained / vae).read_bytes()
+    written = [path.read_text() for path in (tmp_path / "run" / "weights").rglob("*.json")]
+    assert not any(str(trained) in text for text in written)  # where the base came from is nobody else's path
 
 
 def test_flow_goes_on_from_an_adapter_and_refuses_a_folder_without(frozen, trained, records, tmp_path):
