@@ -190,7 +190,7 @@ class StageConfig:
     timestep_sampling: str = "uniform"
     """Flow matching only: uniform (paper) or logit_normal."""
     encoder_lr_scale: float = 1.0
-    """Flow stage only: the encoder's learning rate relative to the adapter's."""
+    """Flow stage only: the encoder's learning rate relative to the adapter's; 0 freezes it and saves its backward."""
     conditioning_dropout: float = 0.0
     """Base stage only: share of captions replaced by the empty prompt."""
     control_double_blocks: int = 4

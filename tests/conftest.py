@@ -47,7 +47,7 @@ TINY = [
         "batch_identities=4", "num_targets=2", "warmup_steps=2", "steps=8", "save_every=3", "sample_every=4", "log_every=1",
         "precision=fp32", "mirror=0.0", "max_yaw=90.0",
     )),
-    "train.base.autoencoder_steps=4",
+    "train.base.autoencoder_steps=4", "train.flow.encoder_lr_scale=1.0",
 ]  # fmt: skip
 
 

@@ -29,6 +29,8 @@ class FlowStage:
         """`weights` holds the encoder that stage `mtd` exported, and the base if the preset says "embedded"."""
         self.preset, self.config = preset, config or preset.train.flow
         self.encoder = _encoder_from(preset, weights)
+        if self.config.encoder_lr_scale == 0:
+            self.encoder.requires_grad_(False)
         self.pipeline = load_base(weights / "base" if preset.base.path == "embedded" else preset.base.path)
         self.transformer = self.pipeline.transformer.requires_grad_(False)
         self.frozen = (self.transformer,)

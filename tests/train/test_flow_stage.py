@@ -1,5 +1,8 @@
 """Stage `flow`: only encoder and adapter train, the loss falls, and what it exports belongs together."""
 
+import dataclasses
+import shutil
+
 import pytest
 import torch
 
@@ -12,12 +15,26 @@ from omniid.models.identity_adapter import IdentityAdapter
 from omniid.train.draws import identity_generators
 from omniid.train.flow import FlowStage
 from omniid.train.flow_matching import draw_noise, draw_times, flow_matching_loss
+from omniid.train.run import run_stage
 
 
 @pytest.fixture(scope="module")
 def batch(records):
     rows = open_records(records, "train")
     return FewToManyBatches(rows, 32, 4, (1, 3), 2, seed=0, steps=1)[0].to_device(torch.device("cpu"))
+
+
+def test_a_rate_of_zero_freezes_the_encoder(tiny, weights, batch, records, tmp_path):
+    flow = dataclasses.replace(tiny.train.flow, encoder_lr_scale=0.0)
+    preset = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, flow=flow))
+    stage = FlowStage(preset, weights)
+    stage.loss(batch, identity_generators(0, batch.places))[0].backward()
+    assert all(parameter.grad is None for parameter in stage.encoder.parameters())
+    (tmp_path / "frozen.toml").write_text(preset_to_toml(preset))
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    run_stage("flow", tmp_path / "frozen.toml", records, tmp_path / "run", weights=folder, device="cpu", progress=False)
+    assert load_encoder(folder).fingerprint() == load_encoder(weights).fingerprint()
 
 
 def test_only_encoder_and_adapter_get_gradients(tiny, weights, batch, generator):
