@@ -23,7 +23,7 @@ PROMPTS = (
     "photo of a person, smiling",
     "photo of a person, looking to the left, blue background",
 )
-MARGIN, LABEL_HEIGHT = 6, 30
+MARGIN, LABEL_HEIGHT = 6, 44
 
 
 def run_demo(folder: str | Path, weights: str | Path = "mini", say: Callable[[str], None] = lambda text: None) -> dict:
