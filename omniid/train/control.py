@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from omniid.config import Preset
 from omniid.data.few_to_many import Batch
-from omniid.models.identity_adapter import IdentityAdapter
 from omniid.models.landmark_controlnet import (
     build_landmark_controlnet,
     landmark_latents,
@@ -43,11 +42,6 @@ class ControlStage(FlowStage):
         """Takes adapter and ControlNet from a weights folder instead of fresh ones."""
         self._load_adapter(folder)
         self.controlnet.load_state_dict(load_landmark_controlnet(folder / "controlnet", self.transformer).state_dict())
-
-    def _load_adapter(self, folder: Path) -> None:
-        trained = IdentityAdapter.load(folder / "adapter.safetensors")
-        trained.check_base(self.transformer)
-        self.adapter.load_state_dict(trained.state_dict())
 
     def _control(self, batch: Batch) -> Tensor:
         return landmark_latents(

@@ -39,6 +39,16 @@ class FlowStage:
         self.adapter = IdentityAdapter.for_transformer(self.transformer, preset.encoder.width)
         self.model = nn.ModuleDict({"encoder": self.encoder, "adapter": self.adapter})
 
+    def load(self, folder: Path) -> None:
+        """Takes encoder and adapter from a weights folder instead of fresh ones."""
+        load_weights(self.encoder, folder / "encoder.safetensors")
+        self._load_adapter(folder)
+
+    def _load_adapter(self, folder: Path) -> None:
+        trained = IdentityAdapter.load(folder / "adapter.safetensors")
+        trained.check_base(self.transformer)
+        self.adapter.load_state_dict(trained.state_dict())
+
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch.targets.flatten(0, 1)
         self._move_to(images.device)

@@ -10,7 +10,7 @@ from omniid.config import Preset
 from omniid.data.few_to_many import Batch
 from omniid.evaluate.reconstruction import colour_free
 from omniid.losses import masked_l1
-from omniid.models.encoder import OmniIDEncoder, save_weights
+from omniid.models.encoder import OmniIDEncoder, load_weights, save_weights
 from omniid.models.masked_decoder import MaskedDecoder, patchify, unpatchify
 
 
@@ -25,6 +25,11 @@ class MTDStage:
         self.encoder = OmniIDEncoder.from_preset(preset)
         self.decoder = MaskedDecoder(preset.decoder, preset.encoder)
         self.model = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
+
+    def load(self, folder: Path) -> None:
+        """Takes encoder and decoder from a weights folder instead of fresh ones."""
+        load_weights(self.encoder, folder / "encoder.safetensors")
+        load_weights(self.decoder, folder / "decoder.safetensors")
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
         num_targets = batch.targets.shape[1]

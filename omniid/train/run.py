@@ -7,8 +7,6 @@ import torch
 
 from omniid.config import ConfigError, load_preset
 from omniid.data.records import open_records
-from omniid.models.encoder import load_weights
-from omniid.models.identity_adapter import IdentityAdapter
 from omniid.train.loop import RunResult, Trainer
 from omniid.weights import weights_folder
 
@@ -56,30 +54,10 @@ def _stages(name, settings, weights, run_folder, config, start):
     """Yields (stage, run folder, config); `base` is two stages, the second needs what the first exported."""
     import dataclasses
 
-    if name == "mtd":
-        from omniid.train.mtd import MTDStage
-
-        stage = MTDStage(settings)
-        if start is not None:
-            load_weights(stage.encoder, start / "encoder.safetensors")
-            load_weights(stage.decoder, start / "decoder.safetensors")
-        yield stage, run_folder, config
-    elif name == "control":
-        from omniid.train.control import ControlStage
-
-        stage = ControlStage(settings, weights)
+    if name != "base":
+        stage = _stage_class(name)(settings, *(() if name == "mtd" else (weights,)))
         if start is not None:
             stage.load(start)
-        yield stage, run_folder, config
-    elif name == "flow":
-        from omniid.train.flow import FlowStage
-
-        stage = FlowStage(settings, weights)
-        if start is not None:
-            load_weights(stage.encoder, start / "encoder.safetensors")
-            trained = IdentityAdapter.load(start / "adapter.safetensors")
-            trained.check_base(stage.transformer)
-            stage.adapter.load_state_dict(trained.state_dict())
         yield stage, run_folder, config
     else:
         from omniid.train.base import AutoencoderStage, BaseStage
@@ -88,3 +66,13 @@ def _stages(name, settings, weights, run_folder, config, start):
             part = dataclasses.replace(config, steps=config.autoencoder_steps)
             yield AutoencoderStage(settings), run_folder / "autoencoder", part
         yield BaseStage(settings, weights if start is None else start), run_folder / "transformer", config
+
+
+def _stage_class(name):
+    if name == "mtd":
+        from omniid.train.mtd import MTDStage as stage
+    elif name == "flow":
+        from omniid.train.flow import FlowStage as stage
+    else:
+        from omniid.train.control import ControlStage as stage
+    return stage
