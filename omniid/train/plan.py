@@ -109,8 +109,7 @@ def plan_stage(
             f"batch_identities {config.batch_identities} is not a multiple of {num_gpus} GPUs x accumulation "
             f"{config.accumulation}; change --gpus or --set train.{stage}.accumulation"
         )
-    costs = {mode: count_costs(stage, settings, precision, mode) for mode in MODES}
-    memory = {mode: memory_of(parts, costs["none"], config, precision, num_gpus) for mode, parts in costs.items()}
+    costs, memory = _costs_and_memory(stage, settings, config, precision, num_gpus)
     usable = card.memory_bytes * USABLE_MEMORY
     mode = config.memory if config.memory != "auto" else fitting_mode(memory, usable)
     parts = costs[mode]
@@ -158,9 +157,13 @@ def choose_memory(stage: str, preset: Preset, config: StageConfig, precision: st
     """The memory mode that `auto` stands for on GPUs with `usable` bytes; stages without a plan keep everything."""
     if stage not in ("mtd", "flow"):
         return "none"
+    return fitting_mode(_costs_and_memory(stage, preset, config, precision, num_gpus)[1], usable)
+
+
+def _costs_and_memory(stage: str, preset: Preset, config: StageConfig, precision: str, num_gpus: int):
+    """Parts, and memory of one GPU, in every memory mode."""
     costs = {mode: count_costs(stage, preset, precision, mode) for mode in MODES}
-    memory = {mode: memory_of(parts, costs["none"], config, precision, num_gpus) for mode, parts in costs.items()}
-    return fitting_mode(memory, usable)
+    return costs, {mode: memory_of(parts, costs["none"], config, precision, num_gpus) for mode, parts in costs.items()}
 
 
 def memory_of(parts: list[Part], parts_kept: list[Part], config: StageConfig, precision: str, num_gpus: int) -> Memory:
