@@ -189,6 +189,8 @@ class StageConfig:
     """fp32, bf16 for autocast, or auto: bf16 where the device multiplies it in hardware."""
     timestep_sampling: str = "uniform"
     """Flow matching only: uniform (paper) or logit_normal."""
+    timestep_shift: float = 1.0
+    """Flow matching only: above 1 more noise, where it is settled who is drawn; 3 moves the middle of t from 0.5 to 0.75."""
     encoder_lr_scale: float = 1.0
     """Flow stage only: the encoder's learning rate relative to the adapter's; 0 freezes it and saves its backward."""
     conditioning_dropout: float = 0.0
@@ -222,6 +224,7 @@ class StageConfig:
             f"memory must be auto, none, selective or full, got {self.memory!r}",
         )
         _require(self.sharding in ("none", "fsdp2"), f"sharding must be none or fsdp2, got {self.sharding!r}")
+        _require(self.timestep_shift > 0, f"timestep_shift must be above 0, got {self.timestep_shift}")
         counts = ("steps", "batch_identities", "accumulation", "num_targets", "log_every", "save_every", "sample_every")
         for name in counts:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")

@@ -2,8 +2,8 @@
 
 Sixteen numbers per block of 192 pixel values: the ten lowest cosine frequencies of luma and the three lowest of each
 chroma channel keep 28 dB on faces, more than a small encoder learns from scratch in the time a CPU has. diffusers' tiny
-autoencoder reads an image through three convolutions of stride 2 with ReLUs between; each of them carries a linear map
-of 2 x 2 cells exactly when every value travels as a pair (u, -u), of which the ReLU keeps one.
+autoencoder without residual blocks reads an image through three convolutions of stride 2, with nothing between them: each
+carries a linear map of 2 x 2 cells.
 """
 
 import math
@@ -16,7 +16,9 @@ LUMA_CHROMA = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, 
 NUM_LUMA, NUM_CHROMA = 10, 3
 """Frequencies kept in a block of 8 x 8; 10 + 2 * 3 = 16 latent channels."""
 NUM_LUMA_4, NUM_CHROMA_4 = 14, 5
-"""Frequencies kept on the way in blocks of 4 x 4; 14 + 2 * 5 = 24 values, 48 channels as pairs."""
+"""Frequencies kept on the way in blocks of 4 x 4; 14 + 2 * 5 = 24 channels."""
+ENCODER_WIDTH = NUM_LUMA_4 + 2 * NUM_CHROMA_4
+"""Channels that the transform needs at every scale."""
 
 
 def block_basis(size: int, num_luma: int, num_chroma: int) -> Tensor:
@@ -35,27 +37,31 @@ def block_basis(size: int, num_luma: int, num_chroma: int) -> Tensor:
 def set_dct_encoder(vae: nn.Module) -> None:
     """Turns the encoder of an `AutoencoderTiny` into the block transform and freezes it.
 
-    vae: 16 latent channels, three stages of stride 2 and 48 channels or more. Raises ValueError for another layout.
+    vae: 16 latent channels, an encoder of three stages of stride 2, `ENCODER_WIDTH` channels and no residual blocks.
+    Raises ValueError for another layout.
     """
-    if vae.config.latent_channels != NUM_LUMA + 2 * NUM_CHROMA or min(vae.config.encoder_block_out_channels) < 48:
+    config = vae.config
+    widths, blocks = tuple(config.encoder_block_out_channels), tuple(config.num_encoder_blocks)
+    if (config.latent_channels, widths, blocks) != (NUM_LUMA + 2 * NUM_CHROMA, (ENCODER_WIDTH,) * 4, (0,) * 4):
         raise ValueError(
-            f"the block transform needs 16 latent channels and a width of 48, got {vae.config.latent_channels} "
-            f"and {vae.config.encoder_block_out_channels}"
+            f"the block transform needs 16 latent channels and an encoder of width {ENCODER_WIDTH} without blocks, "
+            f"got {config.latent_channels}, {widths} and {blocks}"
         )
     vae.encoder.requires_grad_(False)
     for parameter in vae.encoder.parameters():
-        parameter.zero_()  # blocks become plain ReLUs: their residual branch gives zero
-    first, down_1, down_2, down_3, last = [layer for layer in vae.encoder.layers if isinstance(layer, nn.Conv2d)]
+        parameter.zero_()
+    first, down_1, down_2, down_3, last = vae.encoder.layers
     first.weight[:3, :, 1, 1] = torch.eye(3)
     # Each map takes the kept values of four cells to the kept values of the cell they form.
     pixels_2, kept_4 = torch.eye(12, dtype=torch.float64), block_basis(4, NUM_LUMA_4, NUM_CHROMA_4)
     kept_8 = block_basis(8, NUM_LUMA, NUM_CHROMA)
-    _set_cell_map(down_1, pixels_2.view(12, 3, 2, 2), paired_input=False)
-    _set_cell_map(down_2, _split(kept_4, pixels_2, size=4), paired_input=True)
-    _set_cell_map(down_3, _split(kept_8, kept_4, size=8), paired_input=True)
-    count = len(kept_8)
-    last.weight[:, :count, 1, 1] = torch.eye(count)
-    last.weight[:, count : 2 * count, 1, 1] = -torch.eye(count)
+    for conv, weights in (
+        (down_1, pixels_2.view(12, 3, 2, 2)),
+        (down_2, _split(kept_4, pixels_2, size=4)),
+        (down_3, _split(kept_8, kept_4, size=8)),
+    ):
+        conv.weight[: weights.shape[0], : weights.shape[1], 1:, 1:] = weights.to(conv.weight)
+    last.weight[:, : len(kept_8), 1, 1] = torch.eye(len(kept_8))
 
 
 def _split(rows: Tensor, kept: Tensor, size: int) -> Tensor:
@@ -65,12 +71,3 @@ def _split(rows: Tensor, kept: Tensor, size: int) -> Tensor:
     # Both bases are orthonormal only within a channel's colour axis, so solve for the weights by least squares.
     weights = torch.linalg.lstsq(kept.T, cells.reshape(-1, cells.shape[-1]).T).solution.T
     return weights.view(len(rows), 2, 2, -1).permute(0, 3, 1, 2)
-
-
-def _set_cell_map(conv: nn.Conv2d, weights: Tensor, paired_input: bool) -> None:
-    """A 3 x 3 convolution of stride 2 that maps 2 x 2 cells by `weights` (R, K, 2, 2) to pairs (u, -u)."""
-    num_rows, num_inputs = weights.shape[:2]
-    weights = torch.cat([weights, -weights]).to(conv.weight)
-    conv.weight[: 2 * num_rows, :num_inputs, 1:, 1:] = weights
-    if paired_input:
-        conv.weight[: 2 * num_rows, num_inputs : 2 * num_inputs, 1:, 1:] = -weights

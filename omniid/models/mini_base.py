@@ -16,11 +16,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from omniid.config import BaseSizes, ConfigError
+from omniid.models.dct_encoder import ENCODER_WIDTH
 
-NUM_ENCODER_BLOCKS = (0, 1, 1, 2)
-"""Residual blocks of the autoencoder per scale, full size first: none at full size, where one costs as much as
-sixteen at an eighth."""
 NUM_DECODER_BLOCKS = (2, 2, 1, 0)
+"""Residual blocks of the autoencoder's decoder per scale, an eighth of the size first: none at full size, where one costs
+as much as sixteen at an eighth. The encoder has none, it is a fixed transform (`dct_encoder`)."""
 
 
 def build_base(sizes: BaseSizes, max_sequence_length: int, words: Sequence[str], seed: int) -> FluxPipeline:
@@ -94,10 +94,10 @@ def build_autoencoder(sizes: BaseSizes) -> AutoencoderTiny:
             "the tiny autoencoder has one width at all four scales"
         )
     return AutoencoderTiny(
-        encoder_block_out_channels=tuple(sizes.vae_channels),
+        encoder_block_out_channels=(ENCODER_WIDTH,) * 4,
         decoder_block_out_channels=tuple(sizes.vae_channels),
         latent_channels=sizes.latent_channels,
-        num_encoder_blocks=NUM_ENCODER_BLOCKS,
+        num_encoder_blocks=(0,) * 4,
         num_decoder_blocks=NUM_DECODER_BLOCKS,
     )
 

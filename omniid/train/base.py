@@ -163,7 +163,7 @@ class BaseStage:
         guidance = (low + (high - low) * torch.rand(len(images), generator=generator)).to(images.device)
         with torch.no_grad():
             latents = encode_images(self.vae.to(images.device), images)
-        time, noise = draw_noise(latents, self.config.timestep_sampling, [generator])
+        time, noise = draw_noise(latents, self.config.timestep_sampling, [generator], self.config.timestep_shift)
         text = embed_text(self.pipeline, captions, self.preset.base.max_sequence_length)
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:

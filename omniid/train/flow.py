@@ -55,7 +55,7 @@ class FlowStage:
         with torch.no_grad():
             latents = encode_images(self.vae, images)
             control = self._control(batch)
-        time, noise = draw_noise(latents, self.config.timestep_sampling, generators)
+        time, noise = draw_noise(latents, self.config.timestep_sampling, generators, self.config.timestep_shift)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
         error = self._error(codes, latents, control, time, noise)
         if self.model.training:

@@ -6,24 +6,29 @@ import torch
 from torch import Tensor
 
 
-def draw_times(count: int, sampling: str, generator: torch.Generator) -> Tensor:
-    """t (count,) in 0..1 on the CPU: `uniform` (the paper's) or `logit_normal` (denser in the middle)."""
+def draw_times(count: int, sampling: str, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+    """t (count,) in 0..1 on the CPU: `uniform` (the paper's) or `logit_normal` (denser in the middle), then moved towards
+    noise by s t / (1 + (s - 1) t), as FLUX moves its steps for large pictures."""
     if sampling == "uniform":
-        return torch.rand(count, generator=generator)
-    if sampling == "logit_normal":
-        return torch.randn(count, generator=generator).sigmoid()
-    raise ValueError(f"timestep sampling must be uniform or logit_normal, got {sampling!r}")
+        time = torch.rand(count, generator=generator)
+    elif sampling == "logit_normal":
+        time = torch.randn(count, generator=generator).sigmoid()
+    else:
+        raise ValueError(f"timestep sampling must be uniform or logit_normal, got {sampling!r}")
+    return shift * time / (1 + (shift - 1) * time)
 
 
-def draw_noise(targets: Tensor, sampling: str, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """t (B,) and eps as x, for targets x (B, C, h, w) of which each generator draws the same number in turn.
+def draw_noise(
+    targets: Tensor, sampling: str, generators: Sequence[torch.Generator], shift: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """t (B,) of `draw_times` and eps as x, for targets x (B, C, h, w) of which each generator draws the same number in turn.
 
     Drawn on the CPU, so that a run gives the same numbers on any device.
     """
     count = len(targets) // len(generators)
     time, noise = [], []
     for generator in generators:
-        time.append(draw_times(count, sampling, generator))
+        time.append(draw_times(count, sampling, generator, shift))
         noise.append(torch.randn(count, *targets.shape[1:], generator=generator))
     return torch.cat(time).to(targets.device), torch.cat(noise).to(targets.device)
 

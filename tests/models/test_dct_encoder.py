@@ -8,12 +8,12 @@ from diffusers import AutoencoderTiny
 from omniid.models.dct_encoder import block_basis, set_dct_encoder
 
 
-def tiny_autoencoder(width=48, latent_channels=16):
+def tiny_autoencoder(width=24, latent_channels=16, blocks=(0, 0, 0, 0)):
     return AutoencoderTiny(
         encoder_block_out_channels=(width,) * 4,
-        decoder_block_out_channels=(width,) * 4,
+        decoder_block_out_channels=(16,) * 4,
         latent_channels=latent_channels,
-        num_encoder_blocks=(0, 1, 1, 2),
+        num_encoder_blocks=blocks,
         num_decoder_blocks=(1, 1, 1, 0),
     )
 
@@ -53,7 +53,7 @@ def test_encoder_is_frozen_and_decoder_is_not():
     assert all(p.requires_grad for p in vae.decoder.parameters())
 
 
-@pytest.mark.parametrize("changes", [{"width": 32}, {"latent_channels": 4}], ids=str)
+@pytest.mark.parametrize("changes", [{"width": 48}, {"latent_channels": 4}, {"blocks": (0, 1, 1, 2)}], ids=str)
 def test_other_layouts_are_refused(changes):
-    with pytest.raises(ValueError, match="needs 16 latent channels and a width of 48"):
+    with pytest.raises(ValueError, match="needs 16 latent channels and an encoder of width 24"):
         set_dct_encoder(tiny_autoencoder(**changes))

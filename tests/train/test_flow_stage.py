@@ -139,6 +139,12 @@ def test_times_lie_between_0_and_1(sampling, generator):
     assert times.std().item() == pytest.approx(12**-0.5 if sampling == "uniform" else 0.21, abs=0.02)
 
 
+def test_shifted_times_are_noisier(generator):
+    times = draw_times(2000, "uniform", generator, shift=3.0)
+    assert times.median().item() == pytest.approx(0.75, abs=0.03)
+    assert times.min() >= 0 and times.max() <= 1
+
+
 def test_unknown_sampling_is_refused(generator):
     with pytest.raises(ValueError, match="uniform or logit_normal, got 'beta'"):
         draw_times(1, "beta", generator)
