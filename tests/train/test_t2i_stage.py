@@ -79,7 +79,7 @@ def test_each_scene_is_learnt_with_its_own_caption(tiny, weights, batch):
 def test_a_kept_controlnet_tells_the_pose_and_is_not_exported(tiny, weights, batch, tmp_path):
     folder = tmp_path / "weights"
     shutil.copytree(weights, folder)
-    with pytest.raises(OmniIDError, match="no landmark ControlNet at .*omniid train control"):
+    with pytest.raises(OmniIDError, match=r"no landmark ControlNet at .*omniid train control"):
         T2IStage(changed(tiny, keep_controlnet=True), folder)
     controlnet = ControlStage(tiny, weights).controlnet
     with torch.no_grad():
