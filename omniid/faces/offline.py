@@ -34,7 +34,7 @@ _CHIP_SIZE, _CHIP_PADDING = 150, 0.25
 _BATCH = 32  # chips the recogniser takes at once; more only costs memory
 
 _COARSE_SIDE = 320  # a pass costs 9 ms and finds faces of a quarter of the photo's side
-_FINE_SIDE = 1280  # a pass costs 130 ms and finds faces of 80 px where the photo has them
+_FINE_SIDE = 1280  # a pass costs sixteen times that and finds faces of 80 px where the photo has them
 _POINTS_FACE_SIZE = 300  # px; the point predictor gains nothing from more
 # A weak detection beside a strong one is a pattern, not a face.
 _MIN_SCORE, _MIN_SCORE_RATIO = 0.15, 0.25
