@@ -166,6 +166,8 @@ class StageConfig:
     """Micro-batches of a step, one after another: less memory, the same gradient."""
     memory: str = "auto"
     """What the backward pass computes again instead of keeping it: none, selective, full, or auto: what fits the GPU."""
+    compile: bool = False
+    """torch.compile of every transformer block, for GPUs; it takes minutes at first, and two AVX2 cores gain nothing."""
     sharding: str = "none"
     """none: every process holds all weights and optimizer state (DDP); fsdp2: they are spread over the processes."""
     num_targets: int = 8

@@ -26,6 +26,7 @@ from omniid.data.few_to_many import Batch, FewToManyBatches
 from omniid.data.scenes import SceneBatches
 from omniid.errors import OmniIDError
 from omniid.train import checkpoint as checkpoints
+from omniid.train.compiling import compile_blocks
 from omniid.train.draws import identity_generators
 from omniid.train.hardware import USABLE_MEMORY
 from omniid.train.memory import recompute_blocks
@@ -109,6 +110,8 @@ class Trainer:
         for frozen in stage.frozen:
             frozen.to(torch.float32 if precision == "fp32" else torch.bfloat16)
         for module in (stage.model, *stage.frozen):
+            if config.compile:
+                compile_blocks(module)
             recompute_blocks(module, self.memory)
         self.step = 0
         self.bad_records: list[str] = []
