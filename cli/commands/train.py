@@ -45,6 +45,11 @@ def _stage_options(function):
             help="Under torchrun, spread weights and optimizer state over the processes (FSDP2) instead of copying them. "
             "Same as --set train.STAGE.sharding=fsdp2.",
         ),
+        click.option(
+            "--profile-data",
+            is_flag=True,
+            help="Train 25 steps, print whether the loader or the model waits, and stop. Writes nothing.",
+        ),
         click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint in RUN."),
         click.option(
             "--set",
@@ -170,6 +175,7 @@ def _run(
     start_from,
     memory,
     shard,
+    profile_data,
     resume,
     overrides,
     device,
@@ -179,6 +185,20 @@ def _run(
     for option, value in (("--data", data_folder), ("--run", run_folder)):
         if value is None:
             raise click.UsageError(f"missing option {option!r}", click.get_current_context())
+    if profile_data:
+        _profile(
+            name,
+            preset,
+            data_folder,
+            run_folder,
+            as_json=as_json,
+            weights=weights_folder,
+            start_from=start_from,
+            overrides=_overrides(name, overrides, memory, shard),
+            device=device,
+            progress=not quiet,
+        )
+        return
     from omniid.train.run import run_stage
 
     result = run_stage(
@@ -216,3 +236,11 @@ def _run(
             "done already" if result.validation_loss is None else f"validation loss {result.validation_loss:.4f}"
         )
         click.echo(f"{name}: {result.step} steps, {validation}")
+
+
+def _profile(*folders, as_json, **options) -> None:
+    from omniid.train.profile_data import profile_stage
+
+    profile = profile_stage(*folders, **options)
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(json.dumps(profile.to_dict()) if as_json else profile.to_text())

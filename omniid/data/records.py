@@ -5,6 +5,7 @@ pixels), `pose` (yaw, pitch, roll in degrees per image), `quality`, `captions`, 
 """
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,18 +48,58 @@ def open_records(folder: str | Path, split: str):
     return rows
 
 
-def decode_image(data: bytes, size: int) -> np.ndarray:
-    """JPEG bytes to RGB uint8 (size, size, 3). Raises RecordError for bytes that are no JPEG."""
+class LazyRow(Mapping):
+    """One row of an Arrow table, converted column by column when asked for; lists are `LazyList`."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __getitem__(self, name: str):
+        value = self.table.column(name)[0]
+        return LazyList(value.values) if hasattr(value, "values") else value.as_py()
+
+    def __iter__(self):
+        return iter(self.table.column_names)
+
+    def __len__(self) -> int:
+        return self.table.num_columns
+
+
+class LazyList(Sequence):
+    """A list in an Arrow table whose elements are converted when indexed; one that is null counts as empty."""
+
+    def __init__(self, values):
+        self.values = () if values is None else values
+
+    def __getitem__(self, index):
+        return self.values[int(index)].as_py()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def read_row(rows, index: int) -> Mapping:
+    """Row `index` of `rows.with_format("arrow")`, of which only what is looked at is copied; of other rows, the row."""
+    row = rows[index]
+    return row if isinstance(row, Mapping) else LazyRow(row)
+
+
+def decode_image(data: bytes, size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """JPEG bytes to RGB uint8 (size, size, 3), into `out` where given. Raises RecordError for bytes that are no JPEG."""
     import simplejpeg
 
+    out = np.empty((size, size, 3), np.uint8) if out is None else out
+    # The decoder can halve while decoding; the rest of the way is a proper resize.
+    wish = {"min_height": size, "min_width": size}
     try:
-        # The decoder can halve while decoding; the rest of the way is a proper resize.
-        image = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=size, min_width=size)
+        if simplejpeg.decode_jpeg_header(data, **wish)[:2] == (size, size):
+            simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out, **wish)
+        else:
+            image = Image.fromarray(simplejpeg.decode_jpeg(data, colorspace="RGB", **wish))
+            out[:] = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
     except ValueError as error:
         raise RecordError(f"damaged JPEG ({error})") from error
-    if image.shape[:2] != (size, size):
-        image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
-    return image
+    return out
 
 
 def decode_mask(data: bytes, size: int) -> np.ndarray:

@@ -4,11 +4,12 @@ Records are those of `omniid.data.records`; one picture of a person is enough, i
 """
 
 import io
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
 
-from omniid.data.few_to_many import FewToManyBatches, mirrored
+from omniid.data.few_to_many import FewToManyBatches
 from omniid.data.records import RecordError
 from omniid.faces import align
 from omniid.faces.landmarks import check_landmarks
@@ -21,7 +22,11 @@ class SceneBatches(FewToManyBatches):
     first target itself, then of the person's other pictures where `num_inputs` asks for more.
     """
 
-    def _sample(self, row: dict, rng: np.random.Generator) -> dict:
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.landmarks = True
+
+    def choose(self, row: Mapping, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
         names = ("masks", "captions", "pose", "landmarks")
         count = len(row["images"])
         if count < 1 or any(len(row[name]) != count for name in names):
@@ -30,17 +35,20 @@ class SceneBatches(FewToManyBatches):
         turned = np.abs([pose[0] for pose in row["pose"]])
         order = rng.permutation(np.argsort(turned, kind="stable")[: max(1, int((turned <= self.max_yaw).sum()))])
         low, high = self.num_inputs
-        num_inputs = min(int(rng.integers(low, high + 1)), len(order))
-        targets = np.resize(order, self.num_targets)
-        pictures = {i: Scene.read(row, i) for i in {*targets.tolist(), *order[:num_inputs].tolist()}}
-        squares = [pictures[i].square(self.size) for i in targets]
-        sample = {
-            "inputs": np.stack([pictures[i].face(self.size) for i in order[:num_inputs]]),
-            "captions": [row["captions"][i] for i in targets],
-            "identity_id": row["identity_id"],
-        }
-        sample |= {name: np.stack([square[name] for square in squares]) for name in ("targets", "masks", "landmarks")}
-        return mirrored(sample) if rng.random() < self.mirror else sample
+        inputs = order[: int(rng.integers(low, high + 1))]
+        return inputs, np.resize(order, self.num_targets), rng.random() < self.mirror
+
+    def read(
+        self, row: Mapping, inputs: np.ndarray, targets: np.ndarray, pictures: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        scenes = {i: Scene.read(row, i) for i in {*inputs.tolist(), *targets.tolist()}}
+        for i, out in zip(inputs.tolist(), pictures["inputs"], strict=True):
+            out[:] = scenes[i].face(self.size)
+        landmarks = []
+        for number, i in enumerate(targets.tolist()):
+            pictures["targets"][number], pictures["masks"][number], points = scenes[i].square(self.size)
+            landmarks.append(points)
+        return {"landmarks": np.stack(landmarks)}
 
 
 class Scene:
@@ -51,7 +59,7 @@ class Scene:
         self.image, self.mask, self.landmarks = image, mask, landmarks
 
     @classmethod
-    def read(cls, row: dict, index: int) -> "Scene":
+    def read(cls, row: Mapping, index: int) -> "Scene":
         """Picture `index` of a record. Raises RecordError where it is damaged."""
         import simplejpeg
 
@@ -73,15 +81,12 @@ class Scene:
         except ValueError as error:
             raise RecordError(f"unusable landmarks ({error})") from error
 
-    def square(self, size: int) -> dict[str, np.ndarray]:
+    def square(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The largest square whose middle is as near to the face as it can be, at `size`: picture, mask, landmarks."""
         limit = np.array(self.image.shape[1::-1])
         side = int(limit.min())
         corner = np.clip(np.round(self.landmarks.mean(0) - side / 2), 0, limit - side).astype(int)
         box = (*corner.tolist(), *(corner + side).tolist())
-        whole = Image.fromarray(self.image)
-        return {
-            "targets": np.asarray(whole.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)),
-            "masks": np.asarray(self.mask.resize((size, size), Image.Resampling.BOX, box=box)) > 127,
-            "landmarks": (self.landmarks - corner) * (size / side),
-        }
+        picture = Image.fromarray(self.image).resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+        mask = self.mask.resize((size, size), Image.Resampling.BOX, box=box)
+        return np.asarray(picture), np.asarray(mask) > 127, (self.landmarks - corner) * (size / side)

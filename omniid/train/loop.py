@@ -47,6 +47,9 @@ from omniid.train.sharding import (
 from omniid.train.stage import Stage
 from omniid.train.stopping import Stop, stop_on_signal
 
+PREFETCH = 4
+"""Batches that each loader process keeps ready."""
+
 
 class TrainingError(OmniIDError):
     """A run that had to stop; its last checkpoint can be resumed."""
@@ -348,7 +351,7 @@ class Trainer:
             batch_size=None,
             sampler=range(start * self.config.accumulation, self.config.steps * self.config.accumulation),
             num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
             persistent_workers=False,
         )
 

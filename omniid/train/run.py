@@ -1,11 +1,11 @@
 """One stage from a preset's name and folders: what `omniid train` calls."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from omniid.config import ConfigError, load_preset
+from omniid.config import ConfigError, Preset, load_preset
 from omniid.data.records import open_records
 from omniid.train.loop import RunResult, Trainer
 from omniid.weights import weights_folder
@@ -32,22 +32,39 @@ def run_stage(
     start_from: a weights folder whose trained parts a new run starts with, instead of random ones; stage `base` then
     keeps its autoencoder and trains the rest. Raises OmniIDError where it lacks a part or has one of other sizes.
     """
-    settings = load_preset(preset, overrides)
-    config = getattr(settings.train, name)
-    if config is None:
-        raise ConfigError(f"preset {settings.name!r} has no [train.{name}]; take it from the preset mini or paper")
-    weights = Path(weights or Path(run_folder) / "weights")
-    rows = open_records(data, "train"), open_records(data, "validation")
-    torch.manual_seed(config.seed)  # initial weights
+    settings, weights, rows, stages = prepare(name, preset, data, run_folder, weights, start_from, overrides)
     result = None
-    start = weights_folder(start_from) if start_from is not None else None
-    for stage, folder, stage_config in _stages(name, settings, weights, Path(run_folder), config, start):
+    for stage, folder, stage_config in stages:
         trainer = Trainer(stage, settings, stage_config, *rows, folder, resume=resume, device=device, progress=progress)
         result = trainer.run()
         if result.interrupted:
             break
         trainer.export(weights)
     return result
+
+
+def prepare(
+    name: str,
+    preset: str | Path,
+    data: str | Path,
+    run_folder: str | Path,
+    weights: str | Path | None,
+    start_from: str | Path | None,
+    overrides: Sequence[str],
+) -> tuple[Preset, Path, tuple, Iterator]:
+    """Preset, weights folder, training and validation records, and the parts of the stage: (stage, run folder, config).
+
+    Arguments as of `run_stage`. Seeds the random numbers of the initial weights.
+    """
+    settings = load_preset(preset, overrides)
+    config = getattr(settings.train, name)
+    if config is None:
+        raise ConfigError(f"preset {settings.name!r} has no [train.{name}]; take it from the preset mini or paper")
+    weights = Path(weights or Path(run_folder) / "weights")
+    rows = open_records(data, "train"), open_records(data, "validation")
+    torch.manual_seed(config.seed)
+    start = weights_folder(start_from) if start_from is not None else None
+    return settings, weights, rows, _stages(name, settings, weights, Path(run_folder), config, start)
 
 
 def _stages(name, settings, weights, run_folder, config, start):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from omniid.data.few_to_many import FewToManyBatches, mirrored
-from omniid.data.records import RecordError, decode_image, decode_mask, open_records
+from omniid.data.records import RecordError, decode_image, decode_mask, open_records, read_row
 from omniid.faces.landmarks import NUM_LANDMARKS, mirror_landmarks
 
 
@@ -26,6 +26,13 @@ def rows(records):
     return open_records(records, "train")
 
 
+def assert_equal(one, other):
+    for name in ("inputs", "cu_inputs", "targets", "masks"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert (one.captions, one.identity_ids, one.places) == (other.captions, other.identity_ids, other.places)
+    assert one.landmarks is None or np.array_equal(one.landmarks, other.landmarks)
+
+
 def test_shapes_and_packing(rows):
     batch = batches(rows)[0].to_device(torch.device("cpu"))
     counts = batch.cu_inputs.diff()
@@ -41,6 +48,29 @@ def test_a_step_is_reproducible_and_steps_differ(rows):
     one, again, other = batches(rows)[7], batches(rows)[7], batches(rows)[8]
     assert torch.equal(one.inputs, again.inputs) and torch.equal(one.targets, again.targets)
     assert one.identity_ids != other.identity_ids
+
+
+def test_steps_may_be_asked_for_in_any_order(rows):
+    asked = batches(rows)
+    for step in (40, 0, 7, 0):
+        assert_equal(asked[step], batches(rows)[step])
+
+
+@pytest.mark.parametrize("changes", [{}, {"mirror": 0.5, "landmarks": True}], ids=["plain", "mirrored"])
+def test_loader_processes_give_the_same_batches(rows, changes):
+    loader = torch.utils.data.DataLoader(batches(rows, steps=3, **changes), batch_size=None, num_workers=2)
+    for step, batch in enumerate(loader):
+        assert_equal(batch, batches(rows, **changes)[step])
+
+
+def test_rows_read_piece_by_piece_are_the_rows(rows):
+    """Of a dataset in Arrow's format only what is looked at is converted."""
+    lazy = read_row(rows.with_format("arrow"), 2)
+    assert set(lazy) == set(rows[2]) and len(lazy) == len(rows[2])
+    assert lazy["identity_id"] == rows[2]["identity_id"]
+    for name in ("images", "masks", "landmarks", "pose", "captions"):
+        assert list(lazy[name]) == rows[2][name], name
+    assert_equal(batches(rows, landmarks=True)[1], batches(list(rows), landmarks=True)[1])
 
 
 def test_an_epoch_shows_everyone_once(rows):
@@ -136,6 +166,29 @@ def test_a_damaged_record_is_replaced_and_reported(rows):
     assert len(reported) == 1 and reported[0].startswith("train-3: damaged JPEG")
 
 
+def test_what_was_read_of_a_damaged_record_is_gone(rows):
+    """The last photo is damaged: others were decoded when that is found."""
+    listed = [dict(row) for row in rows]
+    listed[3]["images"] = [*listed[3]["images"][:5], b""]
+    for batch in (batches(listed, num_targets=6)[step] for step in range(3)):
+        for b, name in enumerate(batch.identity_ids):
+            row = next(row for row in listed if row["identity_id"] == name)
+            allowed = {decode_image(data, 32).tobytes() for data in row["images"]}
+            shown = [*batch.inputs[batch.cu_inputs[b] : batch.cu_inputs[b + 1]], *batch.targets[b]]
+            assert {image.permute(1, 2, 0).numpy().tobytes() for image in shown} <= allowed
+
+
+def test_a_record_without_images_is_damaged(tmp_path, rows):
+    import datasets
+
+    listed = [dict(row) for row in rows]
+    listed[3]["images"] = None
+    datasets.Dataset.from_list(listed).to_parquet(str(tmp_path / "train-00000.parquet"))
+    asked = batches(open_records(tmp_path, "train"), batch_identities=2)
+    reported = [text for step in range(5) for text in asked[step].skipped]
+    assert len(reported) == 1 and "found 0 images, 6 masks" in reported[0]
+
+
 def test_only_damaged_records_end_the_run(rows):
     with pytest.raises(RecordError, match="records in a row are damaged"):
         batches(damaged(rows, *range(10)))[0]
@@ -164,6 +217,13 @@ def test_images_come_in_the_size_asked_for(rows, size):
     assert decode_image(rows[0]["images"][0], size).shape == (size, size, 3)
     mask = decode_mask(rows[0]["masks"][0], size)
     assert mask.shape == (size, size) and mask.dtype == np.bool_
+
+
+@pytest.mark.parametrize("size", [16, 32, 40])
+def test_images_are_decoded_in_place(rows, size):
+    out = np.zeros((2, size, size, 3), np.uint8)
+    decode_image(rows[0]["images"][0], size, out[1])
+    assert np.array_equal(out[1], decode_image(rows[0]["images"][0], size)) and not out[0].any()
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"plain text"])

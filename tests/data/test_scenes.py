@@ -53,12 +53,12 @@ def test_one_picture_gives_its_face_and_itself():
 
 
 def test_the_square_holds_the_face_of_a_wide_picture():
-    square = Scene.read(scene_row(), 0).square(100)
+    picture, mask, landmarks = Scene.read(scene_row(), 0).square(100)
     # Wide by 200, the square can begin at 100 at most: the face at 150, 40 lies at 50, 40 of it.
-    np.testing.assert_allclose(square["landmarks"][3], [50, 40])
-    assert square["targets"][40, 50, 0] > 200 and square["masks"][40, 50] and not square["masks"][90, 90]
-    tall = Scene.read(scene_row(width=80, height=240, centre=(40, 120)), 0).square(40)
-    np.testing.assert_allclose(tall["landmarks"][3], [20, 20])
+    np.testing.assert_allclose(landmarks[3], [50, 40])
+    assert picture[40, 50, 0] > 200 and mask[40, 50] and not mask[90, 90]
+    _, _, tall = Scene.read(scene_row(width=80, height=240, centre=(40, 120)), 0).square(40)
+    np.testing.assert_allclose(tall[3], [20, 20])
 
 
 def test_mirrored_scenes_mirror_all_they_hold():
