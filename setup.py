@@ -94,6 +94,7 @@ setup(
         "pillow>=11",
         "click>=8.1",
         "tqdm>=4.66",
+        "psutil>=5.9",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
         "dlib-bin>=19.24",

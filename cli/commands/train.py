@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 
 import click
 
@@ -196,8 +195,9 @@ def _run(
     if os.environ.get("RANK", "0") != "0":  # one process of several speaks for all
         return
     if result.interrupted:
-        again = " ".join(["omniid", *sys.argv[1:], *([] if resume else ["--resume"])])
-        click.echo(f"stopped at step {result.step}, saved; go on with: {again}", err=True)
+        from omniid.cli.resume import resume_command
+
+        click.echo(f"stopped at step {result.step}, saved; go on with: {resume_command()}", err=True)
     if result.bad_records:
         click.echo(
             f"{result.bad_records} damaged records were skipped; see: omniid data inspect {data_folder}", err=True

@@ -44,7 +44,7 @@ from omniid.train.sharding import (
     whole_state,
 )
 from omniid.train.stage import Stage
-from omniid.train.stopping import Stop, stop_on_signal
+from omniid.train.stopping import Stop, leave_signals_to_parent, stop_on_signal
 
 
 class TrainingError(OmniIDError):
@@ -170,8 +170,12 @@ class Trainer:
         self.trained = {name: p for name, p in self.stage.model.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
 
-    def run(self) -> RunResult:
-        """Trains to the configured number of steps, or until SIGINT or SIGTERM, which save and return."""
+    def stop_on_signal(self) -> contextlib.AbstractContextManager[Stop]:
+        """Within it, SIGINT or SIGTERM let what is in flight be finished and saved."""
+        return stop_on_signal("saving, then stopping; a second signal stops at once" if self.is_main else "")
+
+    def run(self, stop: Stop | None = None) -> RunResult:
+        """Trains to the configured number of steps or until `stop` is set, by SIGINT or SIGTERM if None; saves and returns."""
         config, losses, validation_loss = self.config, [], None
         start, started_at = self.step, time.monotonic()
         loader = self._loader(start)
@@ -182,7 +186,8 @@ class Trainer:
             disable=not (self.progress and self.is_main),
             unit="step",
         )
-        with stop_on_signal() as stop, self._scalars() as scalars, contextlib.closing(bar):
+        stopper = self.stop_on_signal() if stop is None else contextlib.nullcontext(stop)
+        with stopper as stop, self._scalars() as scalars, contextlib.closing(bar):
             for micro_batches in zip(*[iter(loader)] * config.accumulation, strict=True):
                 numbers = self._train_step(micro_batches, stop)
                 self.step += 1
@@ -347,6 +352,7 @@ class Trainer:
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             persistent_workers=False,
+            worker_init_fn=leave_signals_to_parent,
         )
 
     def _note_bad_records(self, micro_batches: Sequence[Batch], num_skipped: int) -> None:

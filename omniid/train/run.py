@@ -8,6 +8,7 @@ import torch
 from omniid.config import ConfigError, load_preset
 from omniid.data.records import open_records
 from omniid.train.loop import RunResult, Trainer
+from omniid.train.stopping import Stop
 from omniid.weights import weights_folder
 
 
@@ -39,14 +40,19 @@ def run_stage(
     weights = Path(weights or Path(run_folder) / "weights")
     rows = open_records(data, "train"), open_records(data, "validation")
     torch.manual_seed(config.seed)  # initial weights
-    result = None
+    result, stop = None, Stop()
     start = weights_folder(start_from) if start_from is not None else None
     for stage, folder, stage_config in _stages(name, settings, weights, Path(run_folder), config, start):
+        if stop.is_set:  # after the last step of the part before
+            result.interrupted = True
+            break
         trainer = Trainer(stage, settings, stage_config, *rows, folder, resume=resume, device=device, progress=progress)
-        result = trainer.run()
+        with trainer.stop_on_signal() as stop:
+            result = trainer.run(stop)
+            if not result.interrupted:
+                trainer.export(weights)
         if result.interrupted:
             break
-        trainer.export(weights)
     return result
 
 
