@@ -53,6 +53,13 @@ def _stage_options(function):
             help="Change a preset value, e.g. train.mtd.lr=1e-4; repeatable.",
         ),
         click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])),
+        click.option(
+            "--track",
+            "trackers",
+            multiple=True,
+            metavar="NAME",
+            help="Send scalars to wandb or trackio, besides TensorBoard's files in RUN; repeatable.",
+        ),
         click.option("--quiet", is_flag=True, help="No progress bar."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ]
@@ -172,6 +179,7 @@ def _run(
     resume,
     overrides,
     device,
+    trackers,
     quiet,
     as_json,
 ) -> None:
@@ -191,6 +199,7 @@ def _run(
         overrides=_overrides(name, overrides, memory, shard),
         device=device,
         progress=not quiet,
+        trackers=trackers,
     )
     if os.environ.get("RANK", "0") != "0":  # one process of several speaks for all
         return

@@ -45,6 +45,7 @@ from omniid.train.sharding import (
 )
 from omniid.train.stage import Stage
 from omniid.train.stopping import Stop, leave_signals_to_parent, stop_on_signal
+from omniid.train.trackers import Write, check_trackers, open_trackers
 
 
 class TrainingError(OmniIDError):
@@ -80,7 +81,7 @@ class Trainer:
     """Runs one stage: `Trainer(...).run()`.
 
     run_folder receives checkpoints, `metrics.jsonl`, TensorBoard scalars and sample grids. With `resume`, training goes
-    on from the newest complete checkpoint there.
+    on from the newest complete checkpoint there. trackers: names of services that get the scalars too.
     """
 
     def __init__(
@@ -95,7 +96,10 @@ class Trainer:
         resume: bool = False,
         device: str = "auto",
         progress: bool = True,
+        trackers: Sequence[str] = (),
     ):
+        check_trackers(trackers)
+        self.trackers = trackers
         self.stage, self.preset, self.config, self.progress = stage, preset, config, progress
         self.run_folder = Path(run_folder)
         on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
@@ -403,23 +407,11 @@ class Trainer:
             with open(self.run_folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
 
-    @contextlib.contextmanager
-    def _scalars(self):
-        """Yields `write(values, step)` for TensorBoard."""
+    def _scalars(self) -> contextlib.AbstractContextManager[Write]:
+        """`write(values, step)` for the trackers; the main process alone writes."""
         if not self.is_main:
-            yield lambda values, step: None
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(self.run_folder / "tensorboard", purge_step=self.step + 1)
-
-        def write(values: dict, step: int) -> None:
-            for name, value in values.items():
-                if name != "step":
-                    writer.add_scalar(f"{self.stage.name}/{name}", value, step)
-
-        with contextlib.closing(writer):
-            yield write
+            return contextlib.nullcontext(lambda values, step: None)
+        return open_trackers(self.trackers, self.run_folder, self.stage.name, self.preset, self.config, self.step)
 
 
 def _write_grid(grid: Tensor, path: Path) -> None:

@@ -9,6 +9,7 @@ from omniid.config import ConfigError, load_preset
 from omniid.data.records import open_records
 from omniid.train.loop import RunResult, Trainer
 from omniid.train.stopping import Stop
+from omniid.train.trackers import check_trackers
 from omniid.weights import weights_folder
 
 
@@ -24,6 +25,7 @@ def run_stage(
     overrides: Sequence[str] = (),
     device: str = "auto",
     progress: bool = True,
+    trackers: Sequence[str] = (),
 ) -> RunResult:
     """Trains stage `base`, `mtd`, `flow`, `control` or `t2i` and exports its averaged weights into the `weights` folder.
 
@@ -32,7 +34,9 @@ def run_stage(
 
     start_from: a weights folder whose trained parts a new run starts with, instead of random ones; stage `base` then
     keeps its autoencoder and trains the rest. Raises OmniIDError where it lacks a part or has one of other sizes.
+    trackers: services that get the scalars beside TensorBoard, `wandb` or `trackio`.
     """
+    check_trackers(trackers)
     settings = load_preset(preset, overrides)
     config = getattr(settings.train, name)
     if config is None:
@@ -46,7 +50,10 @@ def run_stage(
         if stop.is_set:  # after the last step of the part before
             result.interrupted = True
             break
-        trainer = Trainer(stage, settings, stage_config, *rows, folder, resume=resume, device=device, progress=progress)
+        trainer = Trainer(
+            stage, settings, stage_config, *rows, folder,
+            resume=resume, device=device, progress=progress, trackers=trackers,
+        )  # fmt: skip
         with trainer.stop_on_signal() as stop:
             result = trainer.run(stop)
             if not result.interrupted:
