@@ -88,6 +88,7 @@ setup(
         "transformers>=5.0",
         "accelerate>=1.10",
         "peft>=0.17",
+        "huggingface_hub>=0.34",
         "safetensors>=0.6",
         "sentencepiece>=0.2",
         "datasets>=4.0",

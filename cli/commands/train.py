@@ -60,6 +60,13 @@ def _stage_options(function):
             metavar="NAME",
             help="Send scalars to wandb or trackio, besides TensorBoard's files in RUN; repeatable.",
         ),
+        click.option(
+            "--push-to-hub",
+            "push_to",
+            metavar="REPO",
+            help="After a finished run, upload the weights folder to this repository on the Hugging Face Hub.",
+        ),
+        click.option("--public", is_flag=True, help="With --push-to-hub: for everybody to see, instead of private."),
         click.option("--quiet", is_flag=True, help="No progress bar."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ]
@@ -180,12 +187,16 @@ def _run(
     overrides,
     device,
     trackers,
+    push_to,
+    public,
     quiet,
     as_json,
 ) -> None:
     for option, value in (("--data", data_folder), ("--run", run_folder)):
         if value is None:
             raise click.UsageError(f"missing option {option!r}", click.get_current_context())
+    if public and push_to is None:
+        raise click.UsageError("--public goes with --push-to-hub", click.get_current_context())
     from omniid.train.run import run_stage
 
     result = run_stage(
@@ -200,6 +211,8 @@ def _run(
         device=device,
         progress=not quiet,
         trackers=trackers,
+        push_to=push_to,
+        public=public,
     )
     if os.environ.get("RANK", "0") != "0":  # one process of several speaks for all
         return
@@ -217,6 +230,7 @@ def _run(
         "validation_loss": result.validation_loss,
         "interrupted": result.interrupted,
         "bad_records": result.bad_records,
+        "hub_address": result.hub_address,
     }
     if as_json:
         click.echo(json.dumps(summary))
@@ -224,4 +238,5 @@ def _run(
         validation = (
             "done already" if result.validation_loss is None else f"validation loss {result.validation_loss:.4f}"
         )
-        click.echo(f"{name}: {result.step} steps, {validation}")
+        pushed = f", pushed to {result.hub_address}" if result.hub_address else ""
+        click.echo(f"{name}: {result.step} steps, {validation}{pushed}")

@@ -63,6 +63,8 @@ class RunResult:
     validation_loss: float | None
     interrupted: bool
     bad_records: int
+    hub_address: str | None = None
+    """Where the weights were pushed to."""
 
 
 class _StepModule(nn.Module):

@@ -7,6 +7,7 @@ import torch
 
 from omniid.config import ConfigError, load_preset
 from omniid.data.records import open_records
+from omniid.hub import check_push, push_weights
 from omniid.train.loop import RunResult, Trainer
 from omniid.train.stopping import Stop
 from omniid.train.trackers import check_trackers
@@ -26,6 +27,8 @@ def run_stage(
     device: str = "auto",
     progress: bool = True,
     trackers: Sequence[str] = (),
+    push_to: str | None = None,
+    public: bool = False,
 ) -> RunResult:
     """Trains stage `base`, `mtd`, `flow`, `control` or `t2i` and exports its averaged weights into the `weights` folder.
 
@@ -35,8 +38,11 @@ def run_stage(
     start_from: a weights folder whose trained parts a new run starts with, instead of random ones; stage `base` then
     keeps its autoencoder and trains the rest. Raises OmniIDError where it lacks a part or has one of other sizes.
     trackers: services that get the scalars beside TensorBoard, `wandb` or `trackio`.
+    push_to: a repository on the Hugging Face Hub that the weights folder is uploaded to at the end, private unless `public`.
     """
     check_trackers(trackers)
+    if push_to is not None:
+        check_push(push_to)
     settings = load_preset(preset, overrides)
     config = getattr(settings.train, name)
     if config is None:
@@ -60,6 +66,8 @@ def run_stage(
                 trainer.export(weights)
         if result.interrupted:
             break
+    if push_to is not None and not result.interrupted and trainer.is_main:
+        result.hub_address = push_weights(weights, push_to, public=public)
     return result
 
 
