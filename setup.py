@@ -63,6 +63,7 @@ EXTRAS = {
     "export": ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23", "tensorrt-rtx>=1.5; platform_system == 'Linux'"],
     "faces": ["uniface>=1.0", "onnxruntime>=1.23", "ai-edge-litert>=1.4; platform_system == 'Linux'"],
     "video": ["av>=14", "scenedetect>=0.6"],
+    "track": ["wandb>=0.20", "trackio>=0.5"],
     "app": ["gradio>=5"],
     "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12"],
 }
@@ -87,6 +88,7 @@ setup(
         "transformers>=5.0",
         "accelerate>=1.10",
         "peft>=0.17",
+        "huggingface_hub>=0.34",
         "safetensors>=0.6",
         "sentencepiece>=0.2",
         "datasets>=4.0",
@@ -94,6 +96,7 @@ setup(
         "pillow>=11",
         "click>=8.1",
         "tqdm>=4.66",
+        "psutil>=5.9",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
         "dlib-bin>=19.24",

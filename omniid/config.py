@@ -193,6 +193,8 @@ class StageConfig:
     """Flow matching only: uniform (paper) or logit_normal."""
     timestep_shift: float = 1.0
     """Flow matching only: above 1 more noise, where it is settled who is drawn; 3 moves the middle of t from 0.5 to 0.75."""
+    tower_lr_decay: float = 1.0
+    """Mtd stage only: each layer of the vision tower gets this times the rate of the layer above it; 1 treats all alike."""
     encoder_lr_scale: float = 1.0
     """Flow stage only: the encoder's learning rate relative to the adapter's; 0 freezes it and saves its backward."""
     conditioning_dropout: float = 0.0
@@ -232,6 +234,9 @@ class StageConfig:
             f"memory must be auto, none, selective or full, got {self.memory!r}",
         )
         _require(self.sharding in ("none", "fsdp2"), f"sharding must be none or fsdp2, got {self.sharding!r}")
+        _require(
+            0 < self.tower_lr_decay <= 1, f"tower_lr_decay must lie in 0..1, 0 excluded, got {self.tower_lr_decay}"
+        )
         _require(self.timestep_shift > 0, f"timestep_shift must be above 0, got {self.timestep_shift}")
         _require(
             self.identity_loss_weight == 0 or self.recogniser != "",

@@ -21,6 +21,7 @@ EXTRAS = {
     "export": "ONNX models and TensorRT engines",
     "faces": "a production face backend: better detection, measured pose and quality",
     "video": "curation of videos",
+    "track": "training scalars in Weights & Biases or Trackio",
     "app": "a page in the browser",
     "dev": "tests and lint",
 }

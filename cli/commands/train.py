@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 
 import click
 
@@ -59,6 +58,20 @@ def _stage_options(function):
             help="Change a preset value, e.g. train.mtd.lr=1e-4; repeatable.",
         ),
         click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])),
+        click.option(
+            "--track",
+            "trackers",
+            multiple=True,
+            metavar="NAME",
+            help="Send scalars to wandb or trackio, besides TensorBoard's files in RUN; repeatable.",
+        ),
+        click.option(
+            "--push-to-hub",
+            "push_to",
+            metavar="REPO",
+            help="After a finished run, upload the weights folder to this repository on the Hugging Face Hub.",
+        ),
+        click.option("--public", is_flag=True, help="With --push-to-hub: for everybody to see, instead of private."),
         click.option("--quiet", is_flag=True, help="No progress bar."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ]
@@ -179,12 +192,17 @@ def _run(
     resume,
     overrides,
     device,
+    trackers,
+    push_to,
+    public,
     quiet,
     as_json,
 ) -> None:
     for option, value in (("--data", data_folder), ("--run", run_folder)):
         if value is None:
             raise click.UsageError(f"missing option {option!r}", click.get_current_context())
+    if public and push_to is None:
+        raise click.UsageError("--public goes with --push-to-hub", click.get_current_context())
     if profile_data:
         _profile(
             name,
@@ -212,12 +230,16 @@ def _run(
         overrides=_overrides(name, overrides, memory, shard),
         device=device,
         progress=not quiet,
+        trackers=trackers,
+        push_to=push_to,
+        public=public,
     )
     if os.environ.get("RANK", "0") != "0":  # one process of several speaks for all
         return
     if result.interrupted:
-        again = " ".join(["omniid", *sys.argv[1:], *([] if resume else ["--resume"])])
-        click.echo(f"stopped at step {result.step}, saved; go on with: {again}", err=True)
+        from omniid.cli.resume import resume_command
+
+        click.echo(f"stopped at step {result.step}, saved; go on with: {resume_command()}", err=True)
     if result.bad_records:
         click.echo(
             f"{result.bad_records} damaged records were skipped; see: omniid data inspect {data_folder}", err=True
@@ -228,6 +250,7 @@ def _run(
         "validation_loss": result.validation_loss,
         "interrupted": result.interrupted,
         "bad_records": result.bad_records,
+        "hub_address": result.hub_address,
     }
     if as_json:
         click.echo(json.dumps(summary))
@@ -235,7 +258,8 @@ def _run(
         validation = (
             "done already" if result.validation_loss is None else f"validation loss {result.validation_loss:.4f}"
         )
-        click.echo(f"{name}: {result.step} steps, {validation}")
+        pushed = f", pushed to {result.hub_address}" if result.hub_address else ""
+        click.echo(f"{name}: {result.step} steps, {validation}{pushed}")
 
 
 def _profile(*folders, as_json, **options) -> None:

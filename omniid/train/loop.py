@@ -45,7 +45,8 @@ from omniid.train.sharding import (
     whole_state,
 )
 from omniid.train.stage import Stage
-from omniid.train.stopping import Stop, stop_on_signal
+from omniid.train.stopping import Stop, leave_signals_to_parent, stop_on_signal
+from omniid.train.trackers import Write, check_trackers, open_trackers
 
 PREFETCH = 4
 """Batches that each loader process keeps ready."""
@@ -66,6 +67,8 @@ class RunResult:
     validation_loss: float | None
     interrupted: bool
     bad_records: int
+    hub_address: str | None = None
+    """Where the weights were pushed to."""
 
 
 class _StepModule(nn.Module):
@@ -84,7 +87,7 @@ class Trainer:
     """Runs one stage: `Trainer(...).run()`.
 
     run_folder receives checkpoints, `metrics.jsonl`, TensorBoard scalars and sample grids. With `resume`, training goes
-    on from the newest complete checkpoint there.
+    on from the newest complete checkpoint there. trackers: names of services that get the scalars too.
     """
 
     def __init__(
@@ -99,7 +102,10 @@ class Trainer:
         resume: bool = False,
         device: str = "auto",
         progress: bool = True,
+        trackers: Sequence[str] = (),
     ):
+        check_trackers(trackers)
+        self.trackers = trackers
         self.stage, self.preset, self.config, self.progress = stage, preset, config, progress
         self.run_folder = Path(run_folder)
         on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
@@ -176,8 +182,12 @@ class Trainer:
         self.trained = {name: p for name, p in self.stage.model.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
 
-    def run(self) -> RunResult:
-        """Trains to the configured number of steps, or until SIGINT or SIGTERM, which save and return."""
+    def stop_on_signal(self) -> contextlib.AbstractContextManager[Stop]:
+        """Within it, SIGINT or SIGTERM let what is in flight be finished and saved."""
+        return stop_on_signal("saving, then stopping; a second signal stops at once" if self.is_main else "")
+
+    def run(self, stop: Stop | None = None) -> RunResult:
+        """Trains to the configured number of steps or until `stop` is set, by SIGINT or SIGTERM if None; saves and returns."""
         config, losses, validation_loss = self.config, [], None
         start, started_at = self.step, time.monotonic()
         loader = self._loader(start)
@@ -188,7 +198,8 @@ class Trainer:
             disable=not (self.progress and self.is_main),
             unit="step",
         )
-        with stop_on_signal() as stop, self._scalars() as scalars, contextlib.closing(bar):
+        stopper = self.stop_on_signal() if stop is None else contextlib.nullcontext(stop)
+        with stopper as stop, self._scalars() as scalars, contextlib.closing(bar):
             for micro_batches in zip(*[iter(loader)] * config.accumulation, strict=True):
                 numbers = self._train_step(micro_batches, stop)
                 self.step += 1
@@ -353,6 +364,7 @@ class Trainer:
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             persistent_workers=False,
+            worker_init_fn=leave_signals_to_parent,
         )
 
     def _note_bad_records(self, micro_batches: Sequence[Batch], num_skipped: int) -> None:
@@ -403,23 +415,11 @@ class Trainer:
             with open(self.run_folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
 
-    @contextlib.contextmanager
-    def _scalars(self):
-        """Yields `write(values, step)` for TensorBoard."""
+    def _scalars(self) -> contextlib.AbstractContextManager[Write]:
+        """`write(values, step)` for the trackers; the main process alone writes."""
         if not self.is_main:
-            yield lambda values, step: None
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(self.run_folder / "tensorboard", purge_step=self.step + 1)
-
-        def write(values: dict, step: int) -> None:
-            for name, value in values.items():
-                if name != "step":
-                    writer.add_scalar(f"{self.stage.name}/{name}", value, step)
-
-        with contextlib.closing(writer):
-            yield write
+            return contextlib.nullcontext(lambda values, step: None)
+        return open_trackers(self.trackers, self.run_folder, self.stage.name, self.preset, self.config, self.step)
 
 
 def _write_grid(grid: Tensor, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Stage `mtd`: encoder and masked decoder learn few-to-many reconstruction (Sec. 3.3; Eq. 4-5)."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class MTDStage:
         self.encoder = OmniIDEncoder.from_preset(preset)
         self.decoder = MaskedDecoder(preset.decoder, preset.encoder)
         self.model = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
+        self.tower_lr_decay = preset.train.mtd.tower_lr_decay
 
     def load(self, folder: Path) -> None:
         """Takes encoder and decoder from a weights folder instead of fresh ones."""
@@ -42,6 +44,18 @@ class MTDStage:
     def weight(self, batch: Batch) -> float:
         """Face pixels: Eq. 5 is a mean over them."""
         return float(batch.masks.sum())
+
+    def learning_rate_scale(self, name: str) -> float:
+        """The tower's lower layers, which pre-training made the most general, may move more slowly than those above.
+
+        As in BEiT and MAE's fine-tuning: with d = tower_lr_decay and N layers counted from 0, the parameters of layer i get
+        d^(N - i) times the rate, patch and position embeddings and the norm after them d^(N + 1), all others 1.
+        """
+        if not name.startswith("encoder.tower.") or ".post_layernorm." in name:
+            return 1.0
+        layer = re.search(r"\.encoder\.layers\.(\d+)\.", name)
+        num_layers = self.encoder.tower_config.num_layers
+        return self.tower_lr_decay ** (num_layers + 1 if layer is None else num_layers - int(layer[1]))
 
     def _identity(self, codes: Tensor, batch: Batch, visible: Tensor) -> dict[str, Tensor]:
         """What validation logs beside the loss: whether codes tell people apart.

@@ -7,7 +7,10 @@ import torch
 
 from omniid.config import ConfigError, Preset, load_preset
 from omniid.data.records import open_records
+from omniid.hub import check_push, push_weights
 from omniid.train.loop import RunResult, Trainer
+from omniid.train.stopping import Stop
+from omniid.train.trackers import check_trackers
 from omniid.weights import weights_folder
 
 
@@ -23,6 +26,9 @@ def run_stage(
     overrides: Sequence[str] = (),
     device: str = "auto",
     progress: bool = True,
+    trackers: Sequence[str] = (),
+    push_to: str | None = None,
+    public: bool = False,
 ) -> RunResult:
     """Trains stage `base`, `mtd`, `flow`, `control` or `t2i` and exports its averaged weights into the `weights` folder.
 
@@ -31,15 +37,30 @@ def run_stage(
 
     start_from: a weights folder whose trained parts a new run starts with, instead of random ones; stage `base` then
     keeps its autoencoder and trains the rest. Raises OmniIDError where it lacks a part or has one of other sizes.
+    trackers: services that get the scalars beside TensorBoard, `wandb` or `trackio`.
+    push_to: a repository on the Hugging Face Hub that the weights folder is uploaded to at the end, private unless `public`.
     """
+    check_trackers(trackers)
+    if push_to is not None:
+        check_push(push_to)
     settings, weights, rows, stages = prepare(name, preset, data, run_folder, weights, start_from, overrides)
-    result = None
+    result, stop = None, Stop()
     for stage, folder, stage_config in stages:
-        trainer = Trainer(stage, settings, stage_config, *rows, folder, resume=resume, device=device, progress=progress)
-        result = trainer.run()
+        if stop.is_set:  # after the last step of the part before
+            result.interrupted = True
+            break
+        trainer = Trainer(
+            stage, settings, stage_config, *rows, folder,
+            resume=resume, device=device, progress=progress, trackers=trackers,
+        )  # fmt: skip
+        with trainer.stop_on_signal() as stop:
+            result = trainer.run(stop)
+            if not result.interrupted:
+                trainer.export(weights)
         if result.interrupted:
             break
-        trainer.export(weights)
+    if push_to is not None and not result.interrupted and trainer.is_main:
+        result.hub_address = push_weights(weights, push_to, public=public)
     return result
 
 

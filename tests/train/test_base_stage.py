@@ -1,13 +1,16 @@
 """Stage `base`: the autoencoder and the transformer learn, and the folder between them is a FLUX pipeline."""
 
+import signal
+
 import pytest
 import torch
 
-from omniid.config import ConfigError, load_preset
+from omniid.config import ConfigError, load_preset, preset_to_toml
 from omniid.data.few_to_many import FewToManyBatches
 from omniid.data.records import open_records
 from omniid.models.flux import encode_images, load_base
 from omniid.train.base import AutoencoderStage, BaseStage, random_crops, shortened, vary_captions
+from omniid.train.run import run_stage
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,21 @@ def test_the_transformer_and_both_text_encoders_learn(tiny, trained_autoencoder,
     stage.export(tmp_path)
     exported = load_base(tmp_path / "base").transformer
     assert not torch.equal(exported.proj_out.weight, before["transformer.proj_out.weight"])
+
+
+def test_a_signal_while_the_autoencoder_is_written_ends_the_stage_after_it(tiny, records, tmp_path, monkeypatch):
+    export = AutoencoderStage.export
+
+    def signalled(stage, folder):
+        signal.raise_signal(signal.SIGTERM)
+        export(stage, folder)
+
+    monkeypatch.setattr(AutoencoderStage, "export", signalled)
+    (tmp_path / "tiny.toml").write_text(preset_to_toml(tiny))
+    result = run_stage("base", tmp_path / "tiny.toml", records, tmp_path / "run", device="cpu", progress=False)
+    assert result.interrupted and result.step == 4
+    assert (tmp_path / "run" / "weights" / "base" / "vae").is_dir()
+    assert not (tmp_path / "run" / "transformer").exists()
 
 
 def test_a_preset_with_a_trained_base_is_refused():

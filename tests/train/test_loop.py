@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -257,17 +258,32 @@ def preset_file(tiny, tmp_path):
     return path
 
 
-def test_interrupt_saves_and_exits_with_zero(preset_file, records, tmp_path):
-    run = tmp_path / "run"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_whole_group_saves_and_what_is_printed_goes_on(preset_file, records, tmp_path, number):
+    """As Ctrl-C in a terminal, with a loader of its own processes and options that a shell would split."""
+    run = tmp_path / "a run"
+    options = ("--set", "train.mtd.num_workers=2", "--set", "base.prompt=a 'good' photo")
     process = subprocess.Popen(
-        command(preset_file, records, run, "--set", "train.mtd.steps=100000"), stderr=subprocess.PIPE, text=True
+        command(preset_file, records, run, *options, "--set", "train.mtd.steps=3000"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    wait_for_steps(run, 3, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "go on with: omniid train mtd" in errors and "--resume" in errors
-    assert complete_checkpoints(run)[-1].name == f"checkpoint-{logged(run)[-1]['step']:08d}"
+    assert wait_for_steps(run, 3, process)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "saving, then stopping" in errors and "Traceback" not in errors
+    step = logged(run)[-1]["step"]
+    assert complete_checkpoints(run)[-1].name == f"checkpoint-{step:08d}"
+    printed = errors.split("go on with: ")[1].splitlines()[0]
+    assert shlex.split(printed)[-1] == "--resume" and "base.prompt=a 'good' photo" in shlex.split(printed)
+    process = subprocess.Popen(["sh", "-c", f"exec {printed}"], stderr=subprocess.PIPE, text=True)
+    assert wait_for_steps(run, step + 2, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and errors.split("go on with: ")[1].splitlines()[0] == printed
+    assert [row["step"] for row in logged(run)] == list(range(1, logged(run)[-1]["step"] + 1))
 
 
 @pytest.mark.slow
@@ -298,11 +314,11 @@ def test_ten_kills_change_nothing(preset_file, records, tmp_path):
 
 def wait_for_steps(run, count, process) -> bool:
     """Waits until the log holds `count` whole lines; False when the process ended before."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= count:
             return True
         if process.poll() is not None:
             return False
         time.sleep(0.005)
-    raise AssertionError("the training process made no progress in 60 s")
+    raise AssertionError("the training process made no progress in 120 s")

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -112,6 +113,20 @@ def test_sharded_training_gives_the_same_losses_and_a_checkpoint_for_one_process
     assert (run / "weights" / "encoder.safetensors").is_file()
     resumed = run_stage("mtd", preset_file, records, run, resume=True, device="cpu", progress=False)
     assert resumed.step == STEPS and len(resumed.losses) == STEPS - 10
+
+
+@pytest.mark.parametrize("whom", ["launcher", "worker"])
+def test_a_signal_saves_on_all_processes_and_the_launchers_command_is_printed(preset_file, records, tmp_path, whom):
+    run = tmp_path / "run"
+    process = start(preset_file, records, run, "--set", "train.mtd.num_workers=1", "--set", "train.mtd.steps=3000")
+    wait_for_steps(run, 3, process)
+    os.kill(process.pid if whom == "launcher" else workers(process.pid)[1], signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert whom == "launcher" or process.returncode == 0  # torchrun itself fails when it is interrupted
+    printed = shlex.split(errors.split("go on with: ")[1].splitlines()[0])
+    assert printed == [*process.args, "--resume"]
+    step = logged(run)[-1]["step"]
+    assert step < 3000 and complete_checkpoints(run)[-1].name == f"checkpoint-{step:08d}"
 
 
 def test_kills_of_a_process_end_the_job_and_change_nothing(preset_file, records, pair, tmp_path):
