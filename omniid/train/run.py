@@ -9,6 +9,8 @@ from omniid.config import ConfigError, load_preset
 from omniid.data.records import open_records
 from omniid.hub import check_push, push_weights
 from omniid.train.loop import RunResult, Trainer
+from omniid.train.optimizer import check_optimizer
+from omniid.train.precision import runs_on_cpu
 from omniid.train.stopping import Stop
 from omniid.train.trackers import check_trackers
 from omniid.weights import weights_folder
@@ -47,6 +49,7 @@ def run_stage(
     config = getattr(settings.train, name)
     if config is None:
         raise ConfigError(f"preset {settings.name!r} has no [train.{name}]; take it from the preset mini or paper")
+    check_optimizer(config, runs_on_cpu(device))
     weights = Path(weights or Path(run_folder) / "weights")
     rows = open_records(data, "train"), open_records(data, "validation")
     torch.manual_seed(config.seed)  # initial weights
