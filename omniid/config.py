@@ -179,6 +179,8 @@ class StageConfig:
     """Degrees: photos turned further are left out."""
     mirror: float = 0.0
     """Share of identities shown mirrored, all photos of a person together: a mirrored face is one more person."""
+    optimizer: str = "adamw"
+    """adamw, or adamw_8bit: bitsandbytes keeps its two averages in 8 bits each, a quarter of the memory; needs CUDA."""
     lr: float
     min_lr_ratio: float = 0.0
     """The cosine ends at lr * min_lr_ratio."""
@@ -236,6 +238,13 @@ class StageConfig:
         _require(self.sharding in ("none", "fsdp2"), f"sharding must be none or fsdp2, got {self.sharding!r}")
         _require(
             0 < self.tower_lr_decay <= 1, f"tower_lr_decay must lie in 0..1, 0 excluded, got {self.tower_lr_decay}"
+        )
+        _require(
+            self.optimizer in ("adamw", "adamw_8bit"), f"optimizer must be adamw or adamw_8bit, got {self.optimizer!r}"
+        )
+        _require(
+            self.optimizer == "adamw" or self.sharding == "none",
+            "optimizer adamw_8bit does not spread its state over processes; use it with sharding none",
         )
         _require(self.timestep_shift > 0, f"timestep_shift must be above 0, got {self.timestep_shift}")
         _require(

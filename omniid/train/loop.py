@@ -30,9 +30,9 @@ from omniid.train.compiling import compile_blocks
 from omniid.train.draws import identity_generators
 from omniid.train.hardware import USABLE_MEMORY
 from omniid.train.memory import recompute_blocks
-from omniid.train.optimizer import build_optimizer
+from omniid.train.optimizer import build_optimizer, check_optimizer
 from omniid.train.plan import choose_memory
-from omniid.train.precision import choose_precision
+from omniid.train.precision import choose_precision, runs_on_cpu
 from omniid.train.schedule import ema_decay, learning_rate
 from omniid.train.sharding import (
     gathered,
@@ -108,7 +108,8 @@ class Trainer:
         self.trackers = trackers
         self.stage, self.preset, self.config, self.progress = stage, preset, config, progress
         self.run_folder = Path(run_folder)
-        on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+        on_cpu = runs_on_cpu(device)
+        check_optimizer(config, on_cpu)
         precision = choose_precision(config.precision, on_cpu)
         # accelerate keeps one precision for the whole process; runs of several may follow one another, so autocast is ours.
         self.accelerator = Accelerator(cpu=on_cpu)
@@ -293,7 +294,7 @@ class Trainer:
                 self.step,
                 model,
                 ema,
-                {"optimizer": optimizer, "bad_records": bad_records},
+                {"optimizer": optimizer, "optimizer_name": self.config.optimizer, "bad_records": bad_records},
                 preset_to_toml(self.preset),
                 self.config.keep_checkpoints,
             )
@@ -393,6 +394,11 @@ class Trainer:
         if model.keys() != self.trained.keys():
             raise checkpoints.CheckpointError(
                 f"{folder} was written by another stage or preset; choose another --run folder"
+            )
+        kind = trainer.get("optimizer_name", "adamw")  # older checkpoints hold no other
+        if kind != self.config.optimizer:
+            raise checkpoints.CheckpointError(
+                f"{folder} holds the state of optimizer {kind}; go on with --set train.{self.stage.name}.optimizer={kind}"
             )
         with torch.no_grad():
             for name, parameter in self.trained.items():

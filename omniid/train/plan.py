@@ -181,7 +181,7 @@ def memory_of(parts: list[Part], parts_kept: list[Part], config: StageConfig, pr
     return Memory(
         weights=trained * (4 / shards + narrow) + frozen * (narrow or 4),
         gradients=trained * 4 / shards,
-        optimizer=trained * 8 / shards,
+        optimizer=trained * (2 if config.optimizer == "adamw_8bit" else 8) / shards,
         averages=trained * 4 / shards,
         gathered=0.0 if num_gpus == 1 else trained * (8 if shards > 1 else 4),
         activations=identities * (sum(part.kept_bytes for part in parts) + max(again, default=0.0)),

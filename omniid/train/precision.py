@@ -1,6 +1,13 @@
 """Which precision a run trains in."""
 
+import torch
+
 from omniid.kernels.cpu import multiplies_bf16
+
+
+def runs_on_cpu(device: str) -> bool:
+    """Whether `auto`, `cpu` or `cuda` means the CPU here."""
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
 def choose_precision(wish: str, on_cpu: bool) -> str:

@@ -143,7 +143,7 @@ def profile_stage(
 
     run_folder: only looked into for weights of earlier stages. Nothing is written there.
     """
-    settings, _, rows, stages = prepare(name, preset, data, run_folder, weights, start_from, overrides)
+    settings, _, rows, stages = prepare(name, preset, data, run_folder, weights, start_from, overrides, device)
     stage, _, config = next(stages)
     needed = (WARMUP_STEPS + 2 * STEPS) + config.num_workers * PREFETCH
     config = dataclasses.replace(config, steps=max(config.steps, needed))

@@ -9,6 +9,8 @@ from omniid.config import ConfigError, Preset, load_preset
 from omniid.data.records import open_records
 from omniid.hub import check_push, push_weights
 from omniid.train.loop import RunResult, Trainer
+from omniid.train.optimizer import check_optimizer
+from omniid.train.precision import runs_on_cpu
 from omniid.train.stopping import Stop
 from omniid.train.trackers import check_trackers
 from omniid.weights import weights_folder
@@ -43,7 +45,7 @@ def run_stage(
     check_trackers(trackers)
     if push_to is not None:
         check_push(push_to)
-    settings, weights, rows, stages = prepare(name, preset, data, run_folder, weights, start_from, overrides)
+    settings, weights, rows, stages = prepare(name, preset, data, run_folder, weights, start_from, overrides, device)
     result, stop = None, Stop()
     for stage, folder, stage_config in stages:
         if stop.is_set:  # after the last step of the part before
@@ -72,6 +74,7 @@ def prepare(
     weights: str | Path | None,
     start_from: str | Path | None,
     overrides: Sequence[str],
+    device: str,
 ) -> tuple[Preset, Path, tuple, Iterator]:
     """Preset, weights folder, training and validation records, and the parts of the stage: (stage, run folder, config).
 
@@ -81,6 +84,7 @@ def prepare(
     config = getattr(settings.train, name)
     if config is None:
         raise ConfigError(f"preset {settings.name!r} has no [train.{name}]; take it from the preset mini or paper")
+    check_optimizer(config, runs_on_cpu(device))
     weights = Path(weights or Path(run_folder) / "weights")
     rows = open_records(data, "train"), open_records(data, "validation")
     torch.manual_seed(config.seed)

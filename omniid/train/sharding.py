@@ -75,6 +75,9 @@ def whole_on_cpu(tensors: dict, keep: bool) -> dict:
     """
     copies = {}
     for name, value in tensors.items():
+        if isinstance(value, dict):  # bitsandbytes keeps its 8-bit tensors one level down
+            copies[name] = whole_on_cpu(value, keep)
+            continue
         value = whole(value.detach()) if isinstance(value, Tensor) else value
         if keep:
             copies[name] = value.cpu() if isinstance(value, Tensor) else value

@@ -1,13 +1,20 @@
 """Which parameter trains at which rate, and which optimizers a machine can run."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 
 from omniid.config import ConfigError, load_preset
+from omniid.data.records import open_records
+from omniid.train import loop
+from omniid.train.checkpoint import CheckpointError, complete_checkpoints
+from omniid.train.loop import Trainer
 from omniid.train.mtd import MTDStage
-from omniid.train.optimizer import build_optimizer
+from omniid.train.optimizer import OptimizerError, build_optimizer, check_optimizer
+from omniid.train.plan import plan_stage
+from omniid.train.run import run_stage
 
 
 def with_mtd(preset, **changes):
@@ -62,3 +69,54 @@ def test_a_decayed_layer_moves_less(tiny):
 def test_a_decay_outside_its_range_is_refused(value):
     with pytest.raises(ConfigError, match="tower_lr_decay"):
         load_preset("mini", [f"train.mtd.tower_lr_decay={value}"])
+
+
+def test_8_bit_adam_is_refused_where_it_cannot_run_before_anything_is_read(tmp_path, monkeypatch):
+    wish = ["train.mtd.optimizer=adamw_8bit"]
+    with pytest.raises(OptimizerError, match="adamw_8bit needs a CUDA device; train on one, or with optimizer=adamw"):
+        run_stage("mtd", "mini", tmp_path / "none", tmp_path / "run", overrides=wish, device="cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(OptimizerError, match="needs bitsandbytes; install it with: pip install"):
+        check_optimizer(load_preset("mini", wish).train.mtd, on_cpu=False)
+    with pytest.raises(ConfigError, match="use it with sharding none"):
+        load_preset("mini", [*wish, "train.mtd.sharding=fsdp2"])
+    with pytest.raises(ConfigError, match="optimizer must be adamw or adamw_8bit, got 'sgd'"):
+        load_preset("mini", ["train.mtd.optimizer=sgd"])
+
+
+def test_8_bit_adam_is_planned_with_two_bytes_a_parameter():
+    plain, small = (
+        plan_stage("mtd", "mini", overrides=[f"train.mtd.optimizer={kind}"]) for kind in ("adamw", "adamw_8bit")
+    )
+    assert plain.memory["none"].optimizer == 8 * plain.trained_parameters
+    assert small.memory["none"].optimizer == 2 * small.trained_parameters
+
+
+def trainer(tiny, records, run, **changes):
+    torch.manual_seed(0)
+    config = dataclasses.replace(tiny.train.mtd, **changes)
+    rows = open_records(records, "train"), open_records(records, "validation")
+    return Trainer(MTDStage(tiny), tiny, config, *rows, run, resume=run.exists(), device="cpu", progress=False)
+
+
+def test_8_bit_state_is_saved_and_resumed_exactly(tiny, records, tmp_path, monkeypatch):
+    """bitsandbytes runs on a CPU too, slowly, which is enough here."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(loop, "check_optimizer", lambda config, on_cpu: None)
+    whole = trainer(tiny, records, tmp_path / "run", optimizer="adamw_8bit").run()
+    shutil.rmtree(complete_checkpoints(tmp_path / "run")[-1])
+    again = trainer(tiny, records, tmp_path / "run", optimizer="adamw_8bit")
+    assert again.step == 6
+    state = [value for entry in again.optimizer.state.values() for value in entry.values()]
+    assert {value.dtype for value in state if isinstance(value, torch.Tensor)} == {torch.uint8, torch.float32}
+    assert again.run().losses == whole.losses[6:]
+
+
+def test_a_checkpoint_of_the_other_optimizer_is_refused(tiny, records, tmp_path):
+    one = trainer(tiny, records, tmp_path / "run", steps=1)
+    one.config = dataclasses.replace(one.config, optimizer="adamw_8bit")
+    one.save()
+    with pytest.raises(
+        CheckpointError, match=r"optimizer adamw_8bit; go on with --set train\.mtd\.optimizer=adamw_8bit"
+    ):
+        trainer(tiny, records, tmp_path / "run", steps=1)
