@@ -1,14 +1,20 @@
 """Attention between dense batches: out = softmax(q k^T * scale) v.
 
-Two forms of one operation. PyTorch's fused attention is the right call on GPUs and for inference. On CPUs its backward is
-slow at this project's lengths: forward and backward take 1.8 to 6.5 times as long as plain matrix products (bf16, two
-AVX-512 cores; benchmarks/bench_dense_attention.py and its report), so training on a CPU takes the products.
+Two forms of one operation. PyTorch's fused attention is the right call on GPUs and for inference. For training on CPUs
+plain matrix products are often faster (benchmarks/bench_dense_attention.py and its reports): in bf16 by 1.8 to 6.5 times
+where the CPU multiplies it in hardware, in fp32 by up to 1.1 times while the scores are few; with 256 x 256 of them, which
+no longer stay in the cache, the fused call takes half as long.
 Shapes: B batch, Lq queries, Lk keys, H heads, D head size.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .cpu import multiplies_bf16
+
+MAX_SCORES = 2**15
+"""Lq * Lk up to which products are as fast as the fused call in fp32 (two AVX2 cores)."""
 
 
 def dense_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -29,7 +35,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
             "q must be (B, Lq, H, D) and k, v (B, Lk, H, D) with the same B, H and D; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.device.type == "cpu" and trains and _products_pay(q, k):
         return dense_attention_reference(q, k, v, scale=scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def _products_pay(q: Tensor, k: Tensor) -> bool:
+    if q.dtype == torch.bfloat16:
+        return multiplies_bf16()
+    return q.shape[1] * k.shape[1] <= MAX_SCORES

@@ -166,6 +166,8 @@ class StageConfig:
     """Micro-batches of a step, one after another: less memory, the same gradient."""
     memory: str = "auto"
     """What the backward pass computes again instead of keeping it: none, selective, full, or auto: what fits the GPU."""
+    compile: bool = False
+    """torch.compile of every transformer block, for GPUs; it takes minutes at first, and two AVX2 cores gain nothing."""
     sharding: str = "none"
     """none: every process holds all weights and optimizer state (DDP); fsdp2: they are spread over the processes."""
     num_targets: int = 8
@@ -194,10 +196,16 @@ class StageConfig:
     encoder_lr_scale: float = 1.0
     """Flow stage only: the encoder's learning rate relative to the adapter's; 0 freezes it and saves its backward."""
     conditioning_dropout: float = 0.0
-    """Base stage only: share of captions replaced by the empty prompt."""
+    """Base and t2i stages only: share of captions replaced by the empty prompt."""
     control_double_blocks: int = 4
     control_single_blocks: int = 10
     """Control stage only: blocks of the landmark ControlNet. Not stated in the paper; diffusers' defaults for FLUX."""
+    keep_controlnet: bool = False
+    """T2i stage only: a frozen landmark ControlNet tells the pose while training; pictures are drawn without it."""
+    identity_loss_weight: float = 0.0
+    """T2i stage only: weight of the identity loss beside Eq. 7; 0 leaves it out, as the paper does."""
+    recogniser: str = ""
+    """T2i stage only: file of the recogniser for the identity loss, saved by torch.export.save."""
     autoencoder_steps: int = 0
     """Base stage only: steps of the autoencoder, trained before the transformer."""
     log_every: int = 20
@@ -225,6 +233,10 @@ class StageConfig:
         )
         _require(self.sharding in ("none", "fsdp2"), f"sharding must be none or fsdp2, got {self.sharding!r}")
         _require(self.timestep_shift > 0, f"timestep_shift must be above 0, got {self.timestep_shift}")
+        _require(
+            self.identity_loss_weight == 0 or self.recogniser != "",
+            "identity_loss_weight needs a recogniser, a file saved by torch.export.save",
+        )
         counts = ("steps", "batch_identities", "accumulation", "num_targets", "log_every", "save_every", "sample_every")
         for name in counts:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
@@ -240,7 +252,8 @@ class TrainConfig:
     mtd: StageConfig
     flow: StageConfig
     control: StageConfig | None = None
-    """None in presets that were saved before this stage was there."""
+    """None in presets that were saved before this stage was there, as is the next."""
+    t2i: StageConfig | None = None
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

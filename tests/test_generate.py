@@ -94,14 +94,13 @@ def test_the_schedule_limits_the_identity_to_its_steps(generator, monkeypatch):
     import omniid.models.identity_adapter as adapter_module
 
     strengths = []
-    block = adapter_module.AttachedIdentities.of_block
+    begin = adapter_module.AttachedIdentities.begin_pass
 
-    def watch(self, index):
-        if index == 0:
-            strengths.append(self.strength)
-        return block(self, index)
+    def watch(self, num_image_tokens):
+        strengths.append(self.strength)
+        begin(self, num_image_tokens)
 
-    monkeypatch.setattr(adapter_module.AttachedIdentities, "of_block", watch)
+    monkeypatch.setattr(adapter_module.AttachedIdentities, "begin_pass", watch)
     generator.generate(person(0), "photo", num_inference_steps=4, id_start=0.25, id_end=0.75)
     assert strengths == [0, 1, 1, 0]
     strengths.clear()

@@ -40,6 +40,11 @@ def data() -> None:
     help="Largest turn to a side, degrees.",
 )
 @click.option(
+    "--scenes",
+    is_flag=True,
+    help="Pictures in which the head is a part, for stage t2i, instead of aligned crops.",
+)
+@click.option(
     "--workers",
     default=os.cpu_count,
     show_default="all CPUs",
@@ -56,6 +61,7 @@ def synth(
     first_person: int,
     split: str,
     yaw_range: float,
+    scenes: bool,
     workers: int,
     as_json: bool,
 ) -> None:
@@ -82,6 +88,7 @@ def synth(
                 seed=seed,
                 first_person=first_person,
                 yaw_range=yaw_range,
+                scenes=scenes,
                 split=split,
                 workers=workers,
                 progress=lambda done, total: bar.update(done - bar.n),

@@ -134,6 +134,13 @@ def control(**options) -> None:
     _run("control", **options)
 
 
+@train.command()
+@_stage_options
+def t2i(**options) -> None:
+    """Text-to-image: the adapter learns scenes with captions from a face crop; all else is frozen (Sec. 4.3)."""
+    _run("t2i", **options)
+
+
 def _plan_or_run(name, only_plan, gpus, gpu, efficiency, price, **options) -> None:
     if not only_plan:
         _run(name, **options)

@@ -152,24 +152,30 @@ class FewToManyBatches(torch.utils.data.Dataset):
 
     def _sample(self, row: Mapping, rng: np.random.Generator, space: dict[str, np.ndarray]) -> dict:
         inputs, targets, is_mirrored = self.choose(row, rng)
-        images, masks, captions = row["images"], row["masks"], row["captions"]
-        pictures = {name: space[name][: len(numbers)] for name, numbers in (("inputs", inputs), ("targets", targets))}
-        pictures["masks"] = space["masks"]
-        for name, numbers in (("inputs", inputs), ("targets", targets)):
-            for i, out in zip(numbers, pictures[name], strict=True):
-                decode_image(images[i], self.size, out)
-        for i, out in zip(targets, pictures["masks"], strict=True):
-            out[:] = decode_mask(masks[i], self.size)
+        pictures = space | {"inputs": space["inputs"][: len(inputs)]}
+        captions = row["captions"]
         sample = pictures | {"captions": [captions[i] for i in targets]}
-        if self.landmarks:
-            landmarks = row["landmarks"]
-            sample["landmarks"] = np.stack([scaled_landmarks(landmarks[i], images[i], self.size) for i in targets])
+        sample |= self.read(row, inputs, targets, pictures)
         if is_mirrored:
             sample = mirrored(sample)
             for name, kept in pictures.items():
                 kept[:] = sample.pop(name)
         rest = {name: value for name, value in sample.items() if name not in pictures}
         return rest | {"num_inputs": len(inputs), "identity_id": row["identity_id"]}
+
+    def read(
+        self, row: Mapping, inputs: np.ndarray, targets: np.ndarray, pictures: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Fills `pictures`: inputs and targets uint8 (n, size, size, 3), masks bool; returns the landmarks if asked for."""
+        images, masks, landmarks = row["images"], row["masks"], row["landmarks"]
+        for name, numbers in (("inputs", inputs), ("targets", targets)):
+            for i, out in zip(numbers, pictures[name], strict=True):
+                decode_image(images[i], self.size, out)
+        for i, out in zip(targets, pictures["masks"], strict=True):
+            out[:] = decode_mask(masks[i], self.size)
+        if not self.landmarks:
+            return {}
+        return {"landmarks": np.stack([scaled_landmarks(landmarks[i], images[i], self.size) for i in targets])}
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:

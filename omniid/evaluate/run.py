@@ -18,6 +18,8 @@ from omniid.models.masked_decoder import MaskedDecoder
 from omniid.weights import weights_folder
 
 NUM_PEOPLE, NUM_INPUTS, NUM_TARGETS = 64, 3, 2
+NUM_SAMPLES = 4
+"""Generated faces of a person: one alone says as much about its noise as about the person."""
 SEED = 0
 
 Progress = Callable[[str], None]
@@ -88,7 +90,7 @@ def reconstruction(encoder: OmniIDEncoder, decoder: MaskedDecoder, people: Peopl
 def generation(
     encoder: OmniIDEncoder, folder: Path, people: People, prompt: str, num_inputs: int = NUM_INPUTS
 ) -> float:
-    """`own_nearer_share` of one generated face per person, by dlib's recogniser."""
+    """`own_nearer_share` of `NUM_SAMPLES` generated faces per person, by dlib's recogniser."""
     from omniid.faces import analyzer
     from omniid.generate import load_generator
 
@@ -96,8 +98,9 @@ def generation(
     recogniser = analyzer("offline")
     faces = []
     for index, identity in enumerate(identities_of(encoder, encode_people(encoder, people, num_inputs), num_inputs)):
-        faces += generator.generate(identity, prompt, seed=SEED + index)
+        faces += generator.generate(identity, prompt, seed=SEED + NUM_SAMPLES * index, num_images=NUM_SAMPLES)
     generated = recogniser.descriptors([np.asarray(face) for face in faces])
+    generated = generated.reshape(len(people.names), NUM_SAMPLES, -1)
     photos = ((people.targets + 1) * 127.5).round().to(torch.uint8).permute(0, 1, 3, 4, 2).flatten(0, 1).numpy()
     described = recogniser.descriptors(list(photos)).reshape(len(people.names), -1, generated.shape[-1])
-    return own_nearer_share(generated[:, None], described, np.random.default_rng(SEED))
+    return own_nearer_share(generated, described)

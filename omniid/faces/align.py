@@ -19,18 +19,25 @@ def similarity_to_template(points: np.ndarray, size: int) -> np.ndarray:
     points = np.asarray(points, dtype=np.float64)
     if points.shape != (3, 2):
         raise ValueError(f"points has shape {points.shape}, expected (3, 2): right eye, left eye, nose base")
-    if not np.isfinite(points).all():
-        raise ValueError("points holds values that are not finite")
     if size < 1:
         raise ValueError(f"size is {size}, expected at least 1 pixel")
-    target = TEMPLATE * size
+    return similarity(points, TEMPLATE * size)
+
+
+def similarity(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The (2, 3) matrix of the similarity that takes points (N, 2) onto targets (N, 2), least squares.
+
+    Raises ValueError for values that are not finite, or points that coincide.
+    """
+    if not np.isfinite(points).all():
+        raise ValueError("points holds values that are not finite")
     # As complex numbers a similarity is z -> a z + b, and least squares is one line (no reflections can occur).
     source_z = points[:, 0] + 1j * points[:, 1]
-    target_z = target[:, 0] + 1j * target[:, 1]
+    target_z = targets[:, 0] + 1j * targets[:, 1]
     centred = source_z - source_z.mean()
     spread = np.vdot(centred, centred).real
     if spread < 1e-12 * max(1.0, np.abs(source_z).max() ** 2):
-        raise ValueError("the three points coincide; no similarity is defined")
+        raise ValueError("the points coincide; no similarity is defined")
     a = np.vdot(centred, target_z - target_z.mean()) / spread
     b = target_z.mean() - a * source_z.mean()
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])

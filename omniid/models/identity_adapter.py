@@ -172,26 +172,28 @@ def add_identity_attention(
 class AttachedIdentities:
     """The identities that the processors of one transformer add now; the list may change from step to step."""
 
-    def __init__(self, uses: Sequence[IdentityUse], for_training: bool, guidance: float = 1.0):
+    def __init__(self, uses: Sequence[IdentityUse], num_blocks: int, for_training: bool, guidance: float = 1.0):
         self.uses, self.for_training, self.guidance = list(uses), for_training, guidance
         self.strength = 1.0
         """Factor on all scales, for schedules: 0 skips the identities altogether."""
         self.num_image_tokens = 0
+        self.of_block: list[list[tuple[Tensor, Tensor, float | Tensor]]] = [[] for _ in range(num_blocks)]
+        """Keys, values and scale of every identity that acts in this pass, for each block."""
 
     @property
     def act(self) -> bool:
         """Whether any identity changes this step."""
         return self.strength != 0 and any(isinstance(use.scale, Tensor) or use.scale != 0 for use in self.uses)
 
-    def of_block(self, block: int) -> list[tuple[Tensor, Tensor, float | Tensor]]:
-        """Keys, values and scale of every identity that acts in this step."""
-        if self.strength == 0:
-            return []
-        return [
-            (use.kv.keys[block], use.kv.values[block], use.scale * self.strength)
-            for use in self.uses
-            if isinstance(use.scale, Tensor) or use.scale != 0
-        ]
+    def begin_pass(self, num_image_tokens: int) -> None:
+        """Called before every forward pass of the transformer."""
+        self.num_image_tokens = num_image_tokens
+        for block, now in enumerate(self.of_block):
+            now[:] = [
+                (use.kv.keys[block], use.kv.values[block], use.scale * self.strength)
+                for use in self.uses
+                if self.strength != 0 and (isinstance(use.scale, Tensor) or use.scale != 0)
+            ]
 
 
 class IdentityAttnProcessor:
@@ -200,8 +202,9 @@ class IdentityAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, block: int, attached: AttachedIdentities):
-        self.block, self.attached = block, attached
+    def __init__(self, uses: list[tuple[Tensor, Tensor, float | Tensor]], attached: AttachedIdentities):
+        """uses: the block's list in `attached`. Its number would make torch.compile work anew for every block."""
+        self.uses, self.attached = uses, attached
 
     def __call__(
         self,
@@ -243,9 +246,8 @@ class IdentityAttnProcessor:
             )
         num_image_tokens = self.attached.num_image_tokens
         text, image = output[:, :-num_image_tokens], output[:, -num_image_tokens:]
-        uses = self.attached.of_block(self.block)
-        if uses:
-            image = add_identity_attention(image, query[:, -num_image_tokens:], uses)
+        if self.uses:
+            image = add_identity_attention(image, query[:, -num_image_tokens:], self.uses)
         image, text = (part.flatten(2, 3).to(query.dtype) for part in (image, text))
         if encoder_hidden_states is None:
             return torch.cat([text, image], dim=1)
@@ -265,13 +267,13 @@ def attach_identities(
     (classifier-free guidance by the identity; twice the time).
     Yields the state that the processors read, so that a caller can change strengths between steps.
     """
-    attached = AttachedIdentities(uses, for_training, guidance)
     modules = attention_modules(transformer)
+    attached = AttachedIdentities(uses, len(modules), for_training, guidance)
     before = [attention.processor for attention in modules]
 
-    def count_image_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin_pass(module: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        attached.num_image_tokens = hidden_states.shape[1]
+        attached.begin_pass(hidden_states.shape[1])
 
     def guide(module: nn.Module, args: tuple, kwargs: dict, output):
         if attached.guidance == 1 or not attached.act:
@@ -285,12 +287,12 @@ def attach_identities(
         return (guided,) if isinstance(output, tuple) else type(output)(sample=guided)
 
     hooks = [
-        transformer.register_forward_pre_hook(count_image_tokens, with_kwargs=True),
+        transformer.register_forward_pre_hook(begin_pass, with_kwargs=True),
         transformer.register_forward_hook(guide, with_kwargs=True),
     ]
     try:
-        for block, attention in enumerate(modules):
-            attention.set_processor(IdentityAttnProcessor(block, attached))
+        for attention, uses_of_block in zip(modules, attached.of_block, strict=True):
+            attention.set_processor(IdentityAttnProcessor(uses_of_block, attached))
         yield attached
     finally:
         for hook in hooks:

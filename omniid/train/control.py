@@ -13,7 +13,6 @@ from omniid.config import Preset
 from omniid.data.few_to_many import Batch
 from omniid.models.landmark_controlnet import (
     build_landmark_controlnet,
-    landmark_latents,
     landmark_pictures,
     load_landmark_controlnet,
     save_landmark_controlnet,
@@ -42,11 +41,6 @@ class ControlStage(FlowStage):
         """Takes adapter and ControlNet from a weights folder instead of fresh ones."""
         self._load_adapter(folder)
         self.controlnet.load_state_dict(load_landmark_controlnet(folder / "controlnet", self.transformer).state_dict())
-
-    def _control(self, batch: Batch) -> Tensor:
-        return landmark_latents(
-            self.vae, batch.landmarks.reshape(-1, *batch.landmarks.shape[2:]), batch.targets.shape[-1]
-        )
 
     @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:

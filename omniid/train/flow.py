@@ -11,6 +11,7 @@ from omniid.data.few_to_many import Batch
 from omniid.models.encoder import OmniIDEncoder, load_weights
 from omniid.models.flux import TextEmbedding, embed_text, encode_images, load_base, predict_velocity
 from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
+from omniid.models.landmark_controlnet import landmark_latents
 from omniid.train.flow_matching import draw_noise, flow_matching_loss
 
 GUIDANCE = 1.0
@@ -57,31 +58,47 @@ class FlowStage:
             control = self._control(batch)
         time, noise = draw_noise(latents, self.config.timestep_sampling, generators, self.config.timestep_shift)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
-        error = self._error(codes, latents, control, time, noise)
-        if self.model.training:
-            return error, {}
-        return error, {"identity_gap": self._error(codes.roll(1, dims=0), latents, control, time, noise) / error}
+        error, clean = self._error(codes, latents, control, time, noise)
+        extra, numbers = self._extra_loss(batch, clean, time)
+        if not self.model.training:
+            numbers["identity_gap"] = self._error(codes.roll(1, dims=0), latents, control, time, noise)[0] / error
+        return error + extra, numbers
 
     def weight(self, batch: Batch) -> float:
         """Targets: Eq. 7 counts each alike."""
         return float(batch.targets.shape[0] * batch.targets.shape[1])
 
     def _control(self, batch: Batch) -> Tensor | None:
-        """Latents (B * T, C, h, w) that the stage's ControlNet reads, if it has one."""
-        return None
+        """Latents (B * T, C, h, w) of the targets' landmarks for the stage's ControlNet, if it has one."""
+        if self.controlnet is None:
+            return None
+        points = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])
+        return landmark_latents(self.vae, points, batch.targets.shape[-1])
 
-    def _error(self, codes: Tensor, latents: Tensor, control: Tensor | None, time: Tensor, noise: Tensor) -> Tensor:
-        """Eq. 7 for latents (B * T, C, h, w) of T targets of each of the B people in codes (B, L, C)."""
+    def _extra_loss(self, batch: Batch, latents: Tensor, time: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """What a stage adds to Eq. 7, from the clean latents (B * T, C, h, w) that it predicts, and numbers for the log."""
+        return 0.0, {}
+
+    def _error(
+        self, codes: Tensor, latents: Tensor, control: Tensor | None, time: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 7 for latents (B * T, C, h, w) of T targets of each of the B people in codes (B, L, C); the clean latents
+        x_t - t V that the prediction stands for."""
         # Every target of a person gets that person's tokens.
         kv = self.adapter.project(codes).repeat(len(latents) // len(codes))
         text = self.text.expand(len(latents))
         guidance = torch.full((len(latents),), GUIDANCE, device=latents.device)
+        clean = latents
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            return predict_velocity(self.transformer, noisy, time, text, guidance, self.controlnet, control)
+            nonlocal clean
+            predicted = predict_velocity(self.transformer, noisy, time, text, guidance, self.controlnet, control)
+            clean = noisy - time.view(-1, 1, 1, 1) * predicted
+            return predicted
 
         with attach_identities(self.transformer, [IdentityUse(kv)], for_training=True):
-            return flow_matching_loss(velocity, latents, time, noise).mean()
+            error = flow_matching_loss(velocity, latents, time, noise).mean()
+        return error, clean
 
     def learning_rate_scale(self, name: str) -> float:
         """The encoder, trained already, may move more slowly than the new adapter."""

@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 from omniid.config import Preset, StageConfig, preset_to_toml
 from omniid.data.few_to_many import Batch, FewToManyBatches
+from omniid.data.scenes import SceneBatches
 from omniid.errors import OmniIDError
 from omniid.train import checkpoint as checkpoints
+from omniid.train.compiling import compile_blocks
 from omniid.train.draws import identity_generators
 from omniid.train.hardware import USABLE_MEMORY
 from omniid.train.memory import recompute_blocks
@@ -111,6 +113,8 @@ class Trainer:
         for frozen in stage.frozen:
             frozen.to(torch.float32 if precision == "fp32" else torch.bfloat16)
         for module in (stage.model, *stage.frozen):
+            if config.compile:
+                compile_blocks(module)
             recompute_blocks(module, self.memory)
         self.step = 0
         self.bad_records: list[str] = []
@@ -334,7 +338,8 @@ class Trainer:
 
     def _batches(self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0) -> FewToManyBatches:
         accelerator = self.accelerator
-        return FewToManyBatches(
+        scenes = getattr(self.stage, "needs_scenes", False)
+        return (SceneBatches if scenes else FewToManyBatches)(
             rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps, self.config.max_yaw, mirror,
             accelerator.process_index, accelerator.num_processes, getattr(self.stage, "needs_landmarks", False),
         )  # fmt: skip

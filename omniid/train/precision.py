@@ -1,6 +1,6 @@
 """Which precision a run trains in."""
 
-import torch
+from omniid.kernels.cpu import multiplies_bf16
 
 
 def choose_precision(wish: str, on_cpu: bool) -> str:
@@ -12,8 +12,3 @@ def choose_precision(wish: str, on_cpu: bool) -> str:
     if wish != "auto":
         return wish
     return "bf16" if not on_cpu or multiplies_bf16() else "fp32"
-
-
-def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for products of bf16."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

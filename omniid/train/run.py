@@ -24,7 +24,7 @@ def run_stage(
     device: str = "auto",
     progress: bool = True,
 ) -> RunResult:
-    """Trains stage `base`, `mtd`, `flow` or `control` and exports its averaged weights into the `weights` folder.
+    """Trains stage `base`, `mtd`, `flow`, `control` or `t2i` and exports its averaged weights into the `weights` folder.
 
     The folder `weights` (default `run_folder/weights`) is where `flow` finds the encoder that `mtd` exported and the
     base that `base` exported, unless the preset names another base. An interrupted run exports nothing.
@@ -90,6 +90,8 @@ def _stage_class(name):
         from omniid.train.mtd import MTDStage as stage
     elif name == "flow":
         from omniid.train.flow import FlowStage as stage
-    else:
+    elif name == "control":
         from omniid.train.control import ControlStage as stage
+    else:
+        from omniid.train.t2i import T2IStage as stage
     return stage

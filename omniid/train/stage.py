@@ -18,7 +18,7 @@ class Stage(Protocol):
     """All that is trained and checkpointed; frozen helpers of the stage are kept outside it."""
     frozen: Sequence[nn.Module]
     """Large frozen parts that gradients pass through: they run in the precision of the run."""
-    # A stage with `needs_landmarks = True` gets batches with landmarks.
+    # A stage with `needs_landmarks = True` gets batches with landmarks, one with `needs_scenes = True` those of SceneBatches.
 
     needs_whole_batch: bool
     """Whether the loss of a batch cannot be put together from those of its parts."""

@@ -12,7 +12,7 @@ def exact(q, k, v, scale):
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 32), (2, 7, 13, 80), (3, 65, 257, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 32), (2, 7, 13, 80), (3, 65, 257, 64), (1, 256, 256, 32)], ids=str)
 def test_matches_float64(shape, train, generator):
     batch, queries, keys, size = shape
     q = torch.randn(batch, queries, 2, size, generator=generator, requires_grad=train)
@@ -25,6 +25,18 @@ def test_gradients(generator):
     q, k, v = (torch.randn(2, n, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True) for n in (4, 5, 5))
     assert torch.autograd.gradcheck(dense_attention, (q, k, v))
     assert torch.autograd.gradcheck(dense_attention_reference, (q, k, v))
+
+
+@pytest.mark.parametrize("length", [8, 256])
+def test_gradients_are_those_of_the_products(length, generator):
+    """Whichever form is taken, short or long."""
+    tensors = [torch.randn(1, length, 2, 16, generator=generator, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn(1, length, 2, 16, generator=generator)
+    got = torch.autograd.grad(dense_attention(*tensors), tensors, upstream)
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    wanted = torch.autograd.grad(exact(*doubles, 16**-0.5), doubles, upstream.double())
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-4)
 
 
 def test_bad_shapes():

@@ -46,12 +46,14 @@ def write_records(
     split: str = "train",
     workers: int = 2,
     yaw_range: float = DEFAULT_YAW_RANGE,
+    scenes: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Writes people `first_person` to `first_person + num_people - 1` as `<split>-NNNNN.parquet` and returns the files.
 
     The content depends on the arguments alone, not on `workers`. Complete shards are kept, so an interrupted call is
-    resumed by repeating it; each shard's metadata says what it was made from. `progress(done, total)` counts people.
+    resumed by repeating it; each shard's metadata says what it was made from. scenes: pictures in which the head is a part,
+    at another place in each, instead of aligned crops. `progress(done, total)` counts people.
     Workers are spawned, so a script calls this under `if __name__ == "__main__":`. Raises ValueError for counts below 1
     and for shards that were made from other arguments.
     """
@@ -74,10 +76,11 @@ def write_records(
             people = range(first_person + start, first_person + min(start + SHARD_SIZE, num_people))
             path = folder / f"{split}-{shard:05d}.parquet"
             made_by = f"{people.start}-{people.stop} x {images_per_person}, {size} px, seed {seed}, yaw {yaw_range:g}"
+            made_by += ", scenes" * scenes
             if path.exists():
                 _check_shard(path, made_by)
             else:
-                jobs = [(person, images_per_person, size, seed, split, yaw_range) for person in people]
+                jobs = [(person, images_per_person, size, seed, split, yaw_range, scenes) for person in people]
                 rows = []
                 for row in pool.imap(_record, jobs) if pool is not None else map(_record, jobs):
                     rows.append(row)
@@ -119,15 +122,15 @@ def views_of(person: int, count: int, seed: int, yaw_range: float) -> Iterator[V
         yield View.sample(view_seed, yaw_range)
 
 
-def _record(job: tuple[int, int, int, int, str, float]) -> dict:
+def _record(job: tuple[int, int, int, int, str, float, bool]) -> dict:
     """One row: a person in `images_per_person` views."""
-    index, images_per_person, size, seed, split, yaw_range = job
+    index, images_per_person, size, seed, split, yaw_range, scenes = job
     person_seed = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
     person = Person.sample(person_seed)
     row = {"identity_id": f"synthetic-{seed}-{index:07d}", "source": "synthetic", "split": split}
     row |= {name: [] for name in ("images", "masks", "landmarks", "pose", "quality", "captions")}
     for view in views_of(index, images_per_person, seed, yaw_range):
-        face = render(person, view, size)
+        face = render(person, view, size, aligned=not scenes)
         row["images"].append(simplejpeg.encode_jpeg(face.image, quality=95, colorspace="RGB", colorsubsampling="444"))
         row["masks"].append(encode_mask(face.mask))
         row["landmarks"].append(face.landmarks.tolist())

@@ -1,0 +1,69 @@
+"""An identity loss through a differentiable face recogniser, for stage `t2i`.
+
+1 - cos between the recogniser's embeddings of the drawn and the photographed face, both aligned by the photo's landmarks.
+Not part of the paper; ID-preserving adapters commonly add it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omniid.errors import OmniIDError
+from omniid.faces.align import similarity
+from omniid.faces.landmarks import check_landmarks
+
+ARCFACE_SIZE = 112
+ARCFACE_TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [41.5493, 92.3655], [70.7299, 92.2041]])
+"""(4, 2) in pixels of the crop that ArcFace networks are trained on: eye centres, mouth corners."""
+POINTS = [0, 1, 3, 4]
+"""The same among the 66 landmarks."""
+
+
+class IdentityLoss(nn.Module):
+    """A frozen recogniser, (N, 3, 112, 112) RGB in [-1, 1] to embeddings (N, D), and the loss it gives."""
+
+    def __init__(self, path: str | Path):
+        """path: a network saved by `torch.export.save` with a dynamic batch. Raises OmniIDError where it cannot be used."""
+        super().__init__()
+        path = Path(path)
+        if not path.is_file():
+            raise OmniIDError(f"there is no recogniser at {path}; save one there with torch.export.save")
+        try:
+            self.recogniser = torch.export.load(path).module().requires_grad_(False)
+            embeddings = self.recogniser(torch.zeros(3, 3, ARCFACE_SIZE, ARCFACE_SIZE))
+        except Exception as error:  # torch raises many kinds, for damaged files and for graphs of another signature
+            reason = str(error).strip().splitlines()[0]
+            raise OmniIDError(
+                f"the recogniser {path} cannot be used ({reason}); it must be saved by torch.export.save "
+                f"and take (N, 3, {ARCFACE_SIZE}, {ARCFACE_SIZE}) with any N"
+            ) from error
+        if embeddings.dim() != 2:
+            raise OmniIDError(f"the recogniser {path} gives {tuple(embeddings.shape)}, expected embeddings (N, D)")
+
+    def forward(self, drawn: Tensor, photos: Tensor, landmarks: np.ndarray) -> Tensor:
+        """1 - cos (N,), with gradients to `drawn`.
+
+        drawn, photos: (N, 3, H, W) in [-1, 1]. landmarks: (N, 66, 2) in pixels of the photos.
+        """
+        grid = aligned_grid(landmarks, photos.shape[-2:]).to(drawn.device)
+        drawn, photos = (
+            F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+            for images in (drawn, photos)
+        )
+        with torch.no_grad():
+            wanted = self.recogniser(photos)
+        return 1 - F.cosine_similarity(self.recogniser(drawn), wanted, dim=-1)
+
+
+def aligned_grid(landmarks: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Where the aligned crops look: (N, 112, 112, 2) for `grid_sample` on pictures of `size` (height, width)."""
+    places = np.stack(np.meshgrid(*[np.arange(ARCFACE_SIZE) + 0.5] * 2), axis=-1)  # x, y of pixel centres
+    limits = np.array(size[::-1])
+    grids = []
+    for points in check_landmarks(landmarks):
+        to_photo = similarity(ARCFACE_TEMPLATE, points[POINTS])
+        grids.append((places @ to_photo[:, :2].T + to_photo[:, 2]) / limits * 2 - 1)
+    return torch.from_numpy(np.stack(grids)).float()

@@ -1,0 +1,91 @@
+"""Stage `t2i`: personalised text-to-image (Sec. 4.3). A face crop and a caption in, the whole scene out.
+
+Encoder and base are frozen, the adapter learns flow matching (Eq. 6-7) with each scene's own caption instead of the fixed
+prompt. Two options are not the paper's: a frozen landmark ControlNet may tell the pose while training, so that the adapter
+need not copy it from the face crop, and is left out when drawing; and an identity loss may be added.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from omniid.config import Preset
+from omniid.data.few_to_many import Batch
+from omniid.models.flux import TextEmbedding, decode_latents, embed_text
+from omniid.models.landmark_controlnet import load_landmark_controlnet
+from omniid.train.flow import FlowStage, columns
+from omniid.train.identity_loss import IdentityLoss
+
+
+class T2IStage(FlowStage):
+    """Flow matching on scenes with captions; goes on from the adapter of an earlier stage where the weights hold one."""
+
+    name = "t2i"
+    needs_scenes = True
+
+    def __init__(self, preset: Preset, weights: Path):
+        """`weights` as for `FlowStage`; with `keep_controlnet` it holds the ControlNet that stage `control` exported."""
+        super().__init__(preset, weights, preset.train.t2i)
+        self.encoder.requires_grad_(False).eval()
+        if (weights / "adapter.safetensors").is_file():
+            self._load_adapter(weights)
+        self.model = nn.ModuleDict({"adapter": self.adapter})
+        if self.config.keep_controlnet:
+            self.controlnet = load_landmark_controlnet(weights / "controlnet", self.transformer).requires_grad_(False)
+            self.frozen = (*self.frozen, self.controlnet)
+        self.identity_loss = IdentityLoss(self.config.recogniser) if self.config.identity_loss_weight else None
+
+    def load(self, folder: Path) -> None:
+        """Takes the adapter from a weights folder."""
+        self._load_adapter(folder)
+
+    def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 7, plus the weighted identity loss where one is asked for; a share of captions is dropped in training."""
+        dropout, captions = self.config.conditioning_dropout if self.model.training else 0.0, []
+        for own, generator in zip(batch.captions, generators, strict=True):
+            draws = torch.rand(len(own), generator=generator).tolist()
+            captions += ["" if draw < dropout else caption for caption, draw in zip(own, draws, strict=True)]
+        self._move_to(batch.targets.device)
+        with torch.no_grad():
+            self.text = embed_text(self.pipeline, captions, self.preset.base.max_sequence_length)
+        return super().loss(batch, generators)
+
+    def _extra_loss(self, batch: Batch, latents: Tensor, time: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
+        if self.identity_loss is None:
+            return 0.0, {}
+        drawn = decode_latents(self.vae, latents)
+        landmarks = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])
+        distance = self.identity_loss(drawn, batch.targets.flatten(0, 1), landmarks)
+        # Near t = 1 the clean picture is a guess at everybody: it counts the less the noisier it was.
+        distance = ((1 - time) * distance).sum() / (1 - time).sum().clamp_min(1e-6)
+        return self.config.identity_loss_weight * distance, {"identity_loss": distance}
+
+    @torch.no_grad()
+    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Rows: up to eight people. Columns: the face crop, the scene, and two drawn from its caption without ControlNet."""
+        rows, count = min(8, len(batch.targets)), 2
+        self._move_to(batch.targets.device)
+        prompts = [own[0] for own in batch.captions[:rows] for _ in range(count)]
+        self.text = embed_text(self.pipeline, prompts, self.preset.base.max_sequence_length)
+        drawn = self._draw(self.pipeline, batch, rows, count, generator)
+        return columns(batch.inputs[batch.cu_inputs[:rows].long()], batch.targets[:rows, 0], *drawn.unbind(1))
+
+    def export(self, folder: Path) -> None:
+        """Writes the adapter, which reads the frozen encoder's codes."""
+        self.adapter.encoder_fingerprint = self.encoder.fingerprint()
+        self.adapter.save(folder / "adapter.safetensors")
+
+    def _embed_prompt(self) -> TextEmbedding | None:
+        """Nothing yet: every scene has its own caption, so the text encoders stay."""
+        for part in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+            part.requires_grad_(False)
+        return None
+
+    def _move_to(self, device: torch.device) -> None:
+        for part in (self.encoder, self.vae, self.transformer, self.controlnet, self.identity_loss):
+            if part is not None:
+                part.to(device)
+        for part in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+            part.to(device)
