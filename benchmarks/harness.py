@@ -86,11 +86,16 @@ def hardware() -> dict[str, str]:
     return card
 
 
-def report(theme: str, rows: list[dict], note: str = "") -> None:
-    """Prints the table and the JSON line; with `--save` writes the dated file."""
+def command_line() -> argparse.ArgumentParser:
+    """The options of every benchmark, to which one may add its own."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<theme>_<hardware>_<date>.md")
-    save = parser.parse_args().save
+    return parser
+
+
+def report(theme: str, rows: list[dict], note: str = "", parser: argparse.ArgumentParser | None = None) -> None:
+    """Prints the table and the JSON line; with `--save` writes the dated file. parser: `command_line` with more options."""
+    save = (parser or command_line()).parse_args().save
     card = hardware()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
@@ -105,7 +110,7 @@ def report(theme: str, rows: list[dict], note: str = "") -> None:
         picture = path.with_suffix(".png")
         if plot(theme, rows, picture):
             text += f"\n\n![times]({picture.name})"
-        path.write_text(f"{text}\n\nMade by `{Path(sys.argv[0]).name} --save`.\n", encoding="utf-8")
+        path.write_text(f"{text}\n\nMade by `{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`.\n", encoding="utf-8")
     print(json.dumps({"theme": theme, "hardware": card, "rows": rows}))
 
 

@@ -14,6 +14,7 @@ import click
 def bench(names: tuple[str, ...], save: bool, list_only: bool) -> None:
     """Time kernels and the whole path, e.g. omniid bench encode generate; without names, all of them.
 
+    Options after -- go to the one benchmark named: omniid bench train_step -- --preset paper --device cuda.
     The scripts belong to the repository and are not installed: this needs a checkout.
     """
     import omniid
@@ -22,6 +23,10 @@ def bench(names: tuple[str, ...], save: bool, list_only: bool) -> None:
     scripts = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
     if not scripts:
         raise click.ClickException("the benchmarks come with the repository; install from a checkout: pip install -e .")
+    num_names = next((i for i, name in enumerate(names) if name.startswith("-")), len(names))
+    names, options = names[:num_names], names[num_names:]
+    if options and len(names) != 1:
+        raise click.UsageError("options after -- go to one benchmark; name just that one")
     unknown = [name for name in names if name not in scripts]
     if unknown:
         raise click.UsageError(f"no benchmark {unknown[0]!r}; use one of: {', '.join(scripts)}")
@@ -30,7 +35,7 @@ def bench(names: tuple[str, ...], save: bool, list_only: bool) -> None:
         return
     failed = []
     for name in names or scripts:
-        command = [sys.executable, str(scripts[name]), *(["--save"] if save else [])]
+        command = [sys.executable, str(scripts[name]), *(["--save"] if save else []), *options]
         if subprocess.run(command, cwd=folder, check=False).returncode:
             failed.append(name)
     if failed:

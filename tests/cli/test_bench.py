@@ -1,7 +1,12 @@
 """`omniid bench`: names and errors; the benchmarks themselves are not tests."""
 
+import json
 import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+import torch
 from click.testing import CliRunner
 
 from omniid.cli.commands.bench import bench
@@ -23,3 +28,27 @@ def test_a_failing_script_is_named(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     result = CliRunner().invoke(bench, ["cli"])
     assert result.exit_code == 1 and "failed: cli" in result.output
+
+
+def test_options_after_two_dashes_go_to_the_script(monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    result = CliRunner().invoke(bench, ["train_step", "--save", "--", "--preset", "paper"])
+    assert result.exit_code == 0 and commands == [["--save", "--preset", "paper"]]
+    result = CliRunner().invoke(bench, ["cli", "encode", "--", "--preset", "paper"])
+    assert result.exit_code == 2 and "name just that one" in result.output
+
+
+def test_what_needs_a_gpu_says_that_it_was_not_measured():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_train_step.py"
+    command = [sys.executable, str(script), "--preset", "paper", "--device", "cuda"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "train_step_paper: not measured" in result.stdout
+    assert json.loads(result.stdout.splitlines()[-1])["rows"] == []
