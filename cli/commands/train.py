@@ -119,9 +119,10 @@ def train() -> None:
 
 @train.command()
 @_stage_options
+@_plan_options
 def base(**options) -> None:
-    """The mini base: autoencoder, then a small FLUX with its text encoders."""
-    _run("base", **options)
+    """The mini base: autoencoder, then a small FLUX with its text encoders, of which --plan tells."""
+    _plan_or_run("base", **options)
 
 
 @train.command()
@@ -142,9 +143,10 @@ def flow(**options) -> None:
 
 @train.command()
 @_stage_options
+@_plan_options
 def control(**options) -> None:
     """Controlled generation: a landmark ControlNet and the adapter train, the encoder is frozen (Sec. 4.2)."""
-    _run("control", **options)
+    _plan_or_run("control", **options)
 
 
 @train.command()

@@ -240,23 +240,26 @@ def predict_velocity(
     time: (B,) in 0..1, 1 is pure noise. guidance: (B,), ignored by a model without guidance embedding. controlnet: a
     diffusers `FluxControlNetModel`, which reads `control`, latents (B, C, h, w) of the control picture.
     """
-    height, width = latents.shape[-2:]
-
-    def run(model: nn.Module, **more: object) -> tuple:
-        return model(
-            hidden_states=pack_latents(latents),
-            timestep=time,
-            guidance=guidance if model.config.guidance_embeds else None,
-            pooled_projections=text.pooled,
-            encoder_hidden_states=text.tokens,
-            txt_ids=torch.zeros(text.tokens.shape[1], 3, device=latents.device),
-            img_ids=image_ids(height, width, latents.device),
-            return_dict=False,
-            **more,
-        )
-
-    samples = {}
+    inputs, samples = (latents, time, text, guidance), {}
     if controlnet is not None:
         names = ("controlnet_block_samples", "controlnet_single_block_samples")
-        samples = dict(zip(names, run(controlnet, controlnet_cond=pack_latents(control)), strict=True))
-    return unpack_latents(run(transformer, **samples)[0], height, width)
+        samples = dict(zip(names, run_flux(controlnet, *inputs, controlnet_cond=pack_latents(control)), strict=True))
+    return unpack_latents(run_flux(transformer, *inputs, **samples)[0], *latents.shape[-2:])
+
+
+def run_flux(
+    model: nn.Module, latents: Tensor, time: Tensor, text: TextEmbedding, guidance: Tensor, **more: object
+) -> tuple:
+    """What diffusers' transformer or ControlNet returns, as a tuple; arguments as of `predict_velocity`."""
+    height, width = latents.shape[-2:]
+    return model(
+        hidden_states=pack_latents(latents),
+        timestep=time,
+        guidance=guidance if model.config.guidance_embeds else None,
+        pooled_projections=text.pooled,
+        encoder_hidden_states=text.tokens,
+        txt_ids=torch.zeros(text.tokens.shape[1], 3, device=latents.device),
+        img_ids=image_ids(height, width, latents.device),
+        return_dict=False,
+        **more,
+    )

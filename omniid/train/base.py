@@ -38,6 +38,15 @@ SHORT_SHARE = 0.3
 says no more than "photo of a person."."""
 
 
+def require_sizes(preset: Preset) -> None:
+    """Raises ConfigError where the preset's base is not one to be trained."""
+    if preset.base.sizes is None:
+        raise ConfigError(
+            f"preset {preset.name!r} has no [base.sizes]: its base {preset.base.path!r} is trained already; "
+            "stage base is for presets like mini"
+        )
+
+
 class AutoencoderStage:
     """First part of stage `base`: latents of an eighth of the pictures' size by a fixed transform, a learned decoder."""
 
@@ -48,11 +57,7 @@ class AutoencoderStage:
     def __init__(self, preset: Preset):
         from omniid.data.synthetic import CAPTION_WORDS
 
-        if preset.base.sizes is None:
-            raise ConfigError(
-                f"preset {preset.name!r} has no [base.sizes]: its base {preset.base.path!r} is trained already; "
-                "stage base is for presets like mini"
-            )
+        require_sizes(preset)
         self.pipeline = build_base(
             preset.base.sizes, preset.base.max_sequence_length, CAPTION_WORDS, preset.train.base.seed
         )

@@ -6,10 +6,12 @@ and a change of the code changes the figures by itself. bf16 stands for autocast
 flash form.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +20,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from omniid.config import Preset
+from omniid.config import Preset, StageConfig
 from omniid.models.encoder import OmniIDEncoder
-from omniid.models.flux import TextEmbedding, base_without_weights, encode_images, predict_velocity
+from omniid.models.flux import TextEmbedding, base_without_weights, encode_images, pack_latents, run_flux
 from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, IdentityUse, attach_identities
+from omniid.models.landmark_controlnet import build_landmark_controlnet
 from omniid.models.masked_decoder import MaskedDecoder
+from omniid.train.base import require_sizes
 from omniid.train.memory import recompute_blocks
+
+PLANNED = ("base", "mtd", "flow", "control")
+"""Stages whose costs are counted; of `base` the transformer part, its autoencoder takes little beside it."""
 
 FACE_SHARE = 0.45
 """Share of a target's patches that meet its face mask: a face fills about half of an aligned crop (assumed)."""
@@ -47,16 +54,34 @@ class Part:
     """Blocks that compute their activations again, one at a time."""
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' warnings, of slow types and of names to come: nothing is computed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@_quiet()
 def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list[Part]:
-    """The parts of stage `mtd` or `flow` in the order of the forward pass, in precision fp32 or bf16."""
+    """The parts of a stage of `PLANNED` in the order of the forward pass, in precision fp32 or bf16.
+
+    Raises OmniIDError or ConfigError for a base whose sizes are not known, or for stage `base` one that need not be trained.
+    """
     preset = dataclasses.replace(preset, tower=dataclasses.replace(preset.tower, pretrained=""))
     config = getattr(preset.train, stage)
     # One identity for each number of photos that may be drawn: their mean is the mean of the drawing.
     counts = range(config.num_inputs[0], config.num_inputs[1] + 1)
-    meter = _Meter(len(counts), torch.float32 if precision == "fp32" else torch.bfloat16, memory)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if stage == "base":
+        meter = _Meter(1, dtype, memory)
+        _measure_base_stage(meter, preset)
+        return meter.parts
+    meter = _Meter(len(counts), dtype, memory)
     with torch.device("meta"):
         encoder = OmniIDEncoder.from_preset(preset)
         images = torch.empty(sum(counts), 3, preset.tower.image_size, preset.tower.image_size)
+    encoder.requires_grad_(stage == "mtd" or (stage == "flow" and config.encoder_lr_scale > 0))
     bounds = torch.tensor([0, *counts]).cumsum(0).int()
     tower = meter.measure("tower", [encoder.tower], encoder.photo_tokens, images)
     codes = meter.measure(
@@ -65,7 +90,10 @@ def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list
         lambda tokens: encoder.combine(tokens, bounds),
         *tower,
     )
-    (_measure_decoder if stage == "mtd" else _measure_base)(meter, preset, *codes)
+    if stage == "mtd":
+        _measure_decoder(meter, preset, *codes)
+    else:
+        _measure_flow(meter, preset, config, *codes, with_control=stage == "control")
     return meter.parts
 
 
@@ -98,48 +126,99 @@ def _measure_decoder(meter: "_Meter", preset: Preset, codes: Tensor, fast_rows: 
     meter.measure("decoder", [decoder], reconstruct, codes)
 
 
-def _measure_base(meter: "_Meter", preset: Preset, codes: Tensor) -> None:
-    # The base is loaded in the precision of the run; `Module.to`, because diffusers' own warns about bf16.
-    transformer, vae = (
-        nn.Module.to(part.requires_grad_(False), meter.dtype) for part in base_without_weights(preset.base)
-    )
-    num_targets, size, config = preset.train.flow.num_targets, preset.base.image_size, transformer.config
+def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: Tensor, with_control: bool) -> None:
+    """The frozen base, its autoencoder, the adapter and, in stage `control`, the landmark ControlNet."""
+    transformer, vae = (part.requires_grad_(False) for part in base_without_weights(preset.base))
+    num_images = len(codes) * config.num_targets
     with torch.device("meta"):
         adapter = IdentityAdapter.for_transformer(transformer, preset.encoder.width)
-        images = torch.empty(len(codes) * num_targets, 3, size, size)
         text = TextEmbedding(
-            torch.empty(1, preset.base.max_sequence_length, config.joint_attention_dim),
-            torch.empty(1, config.pooled_projection_dim),
-        ).expand(len(images))
-        time = torch.empty(len(images))
-    (latents,) = meter.measure("autoencoder", [vae.encoder], lambda images: encode_images(vae, images), images)
+            torch.empty(1, preset.base.max_sequence_length, transformer.config.joint_attention_dim),
+            torch.empty(1, transformer.config.pooled_projection_dim),
+        ).expand(num_images)
+        time = torch.empty(num_images)
+        if with_control:
+            controlnet = build_landmark_controlnet(
+                transformer, config.control_double_blocks, config.control_single_blocks
+            ).requires_grad_(True)
+    for part in (transformer, vae):  # in the precision of the run; `Module.to`, because diffusers' own warns about bf16
+        nn.Module.to(part, meter.dtype)
+    # Targets, and the pictures of their landmarks.
+    latents = _measure_autoencoder(meter, vae, num_images * (1 + with_control), preset.base.image_size)[:num_images]
 
     def project(codes: Tensor) -> tuple[Tensor, Tensor]:
         kv = adapter.project(codes)
         return kv.keys, kv.values
 
-    kv = meter.measure("adapter", [adapter], project, codes)
+    kv, samples, num_double = meter.measure("adapter", [adapter], project, codes), (), 0
+    if with_control:
 
-    def velocity(keys: Tensor, values: Tensor) -> Tensor:
-        kv = IdentityKV(keys, values).repeat(num_targets)
+        def control(latents: Tensor) -> tuple[Tensor, ...]:
+            double, single = run_flux(controlnet, latents, time, text, time, controlnet_cond=pack_latents(latents))
+            return *double, *(single or ())
+
+        samples = meter.measure("controlnet", [controlnet], control, latents)
+        num_double = len(controlnet.transformer_blocks)
+
+    def velocity(keys: Tensor, values: Tensor, *samples: Tensor) -> Tensor:
+        kv, control = IdentityKV(keys, values).repeat(config.num_targets), {}
+        if samples:
+            control["controlnet_block_samples"] = samples[:num_double]
+            control["controlnet_single_block_samples"] = samples[num_double:] or None
         with attach_identities(transformer, [IdentityUse(kv)], for_training=True):
-            return predict_velocity(transformer, latents.detach(), time, text, time)
+            return run_flux(transformer, latents, time, text, time, **control)[0]
 
-    # All blocks of a kind cost the same: a few of them tell the price of one more, in a third of the time.
+    _measure_by_depth(meter, transformer, velocity, *kv, *samples)
+
+
+def _measure_base_stage(meter: "_Meter", preset: Preset) -> None:
+    """Stage `base` after its autoencoder: transformer and text encoders train, as `BaseStage` runs them."""
+    from omniid.data.synthetic import CAPTION_WORDS
+    from omniid.models.mini_base import build_base
+
+    require_sizes(preset)
+    num_images, length = preset.train.base.num_targets, preset.base.max_sequence_length
+    with torch.device("meta"):
+        pipeline = build_base(preset.base.sizes, length, CAPTION_WORDS, seed=0)
+        ids = torch.empty(num_images, length, dtype=torch.int64)
+        time = torch.empty(num_images)
+    transformer, clip, t5 = pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2
+    vae = pipeline.vae.requires_grad_(False)
+    latents = _measure_autoencoder(meter, vae, num_images, preset.base.image_size)
+    text = meter.measure("text", [clip, t5], lambda ids: (t5(ids)[0], clip(ids).pooler_output), ids)
+
+    def velocity(tokens: Tensor, pooled: Tensor) -> Tensor:
+        with attach_identities(transformer, [], for_training=True):
+            return run_flux(transformer, latents, time, TextEmbedding(tokens, pooled), time)[0]
+
+    _measure_by_depth(meter, transformer, velocity, *text)
+
+
+def _measure_autoencoder(meter: "_Meter", vae: nn.Module, num_images: int, size: int) -> Tensor:
+    """Encodes images; returns their latents (num_images, C, size / 8, size / 8)."""
+    images = torch.empty(num_images, 3, size, size, device="meta")
+    (latents,) = meter.measure("autoencoder", [vae.encoder], lambda images: encode_images(vae, images), images)
+    return latents.detach()
+
+
+def _measure_by_depth(meter: "_Meter", transformer: nn.Module, velocity: Callable, *inputs: Tensor) -> None:
+    """The part `base`. All blocks of a kind cost the same: a few tell the price of one more, in a third of the time."""
     blocks = transformer.transformer_blocks, transformer.single_transformer_blocks
     parameters, few = sum(parameter.numel() for parameter in transformer.parameters()), []
-    for num_double, num_single in ((2, 2), (4, 2), (2, 4)):
+    start = [min(2, len(of_kind)) for of_kind in blocks]
+    longer = [min(4, len(of_kind)) for of_kind in blocks]
+    for depth in (start, (longer[0], start[1]), (start[0], longer[1])):
         transformer.transformer_blocks, transformer.single_transformer_blocks = (
-            copy.deepcopy(all_blocks[:count])
-            for all_blocks, count in zip(blocks, (num_double, num_single), strict=True)
+            copy.deepcopy(of_kind[:count]) for of_kind, count in zip(blocks, depth, strict=True)
         )
-        meter.measure("base", [transformer], velocity, *kv)
+        meter.measure("base", [transformer], velocity, *inputs)
         few.append(meter.parts.pop())
-    more = [len(all_blocks) - 2 for all_blocks in blocks]
 
     def at_depth(field: str) -> float:
-        start, double, single = (getattr(part, field) for part in few)
-        return start + more[0] * (double - start) / 2 + more[1] * (single - start) / 2
+        whole, *others = (getattr(part, field) for part in few)
+        for other, of_kind, low, high in zip(others, blocks, start, longer, strict=True):
+            whole += (len(of_kind) - low) * (other - getattr(few[0], field)) / max(high - low, 1)
+        return whole
 
     counted = ("forward_flops", "backward_flops", "kept_bytes", "num_recomputed")
     whole = dataclasses.replace(few[0], parameters=parameters, **{field: at_depth(field) for field in counted})
@@ -244,5 +323,5 @@ def _call(cast: Callable, function: Callable, *args, **kwargs):
     return function(*(cast(x) for x in args), **{name: cast(x) for name, x in kwargs.items()})
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **unused) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[0]
+def _flash(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, **unused) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)[0]

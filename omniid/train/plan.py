@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omniid.config import Preset, StageConfig, load_preset
+from omniid.config import ConfigError, Preset, StageConfig, load_preset
 from omniid.errors import OmniIDError
-from omniid.train.costs import Part, count_costs, flops_of_all_rows
+from omniid.train.costs import PLANNED, Part, count_costs, flops_of_all_rows
 from omniid.train.hardware import EFFICIENCY, GPUS, MATMUL_SHARE, USABLE_MEMORY
 from omniid.train.memory import MODES
 
@@ -21,7 +21,7 @@ class Memory:
     """Bytes on one GPU at the fullest moment of a step."""
 
     weights: float
-    """fp32 of what trains, and in bf16 its narrow copies; the frozen parts in the run's precision."""
+    """fp32, and in bf16 narrow copies of what trains; a frozen base in the run's precision."""
     gradients: float
     optimizer: float
     averages: float
@@ -94,16 +94,20 @@ def plan_stage(
     efficiency: float = EFFICIENCY,
     price_per_gpu_hour: float | None = None,
 ) -> Plan:
-    """The plan of stage `mtd` or `flow`. Nothing is loaded: the models are built on the meta device.
+    """The plan of a stage of `costs.PLANNED`. Nothing is loaded: the models are built on the meta device.
 
     efficiency: share of the ceiling for products (`Gpu.ceiling`) that a step reaches. Raises OmniIDError where the sizes of
     the base are not known or identities cannot be shared out evenly.
     """
     settings = load_preset(preset, overrides)
-    config: StageConfig = getattr(settings.train, stage)
+    config: StageConfig | None = getattr(settings.train, stage)
+    if config is None:
+        raise ConfigError(f"preset {settings.name!r} has no [train.{stage}]; take it from the preset mini or paper")
     precision = "bf16" if config.precision == "auto" else config.precision
     card = GPUS[gpu]
     ways = num_gpus * config.accumulation
+    if stage == "base" and ways > 1:
+        raise OmniIDError("stage base needs its batch in one piece: plan it with --gpus 1 and accumulation=1")
     if config.batch_identities % ways:
         raise OmniIDError(
             f"batch_identities {config.batch_identities} is not a multiple of {num_gpus} GPUs x accumulation "
@@ -135,7 +139,9 @@ def plan_stage(
         memory=memory,
         memory_mode=mode,
         fits=memory[mode].total <= usable,
-        accumulation_that_fits=_fitting_accumulation(memory[mode], usable, config, num_gpus),
+        accumulation_that_fits=(
+            None if stage == "base" else _fitting_accumulation(memory[mode], usable, config, num_gpus)
+        ),
         usable_memory=usable,
         efficiency=efficiency,
         step_s=step_s,
@@ -155,7 +161,7 @@ def fitting_mode(memory: dict[str, Memory], usable: float) -> str:
 
 def choose_memory(stage: str, preset: Preset, config: StageConfig, precision: str, num_gpus: int, usable: float) -> str:
     """The memory mode that `auto` stands for on GPUs with `usable` bytes; stages without a plan keep everything."""
-    if stage not in ("mtd", "flow"):
+    if stage not in PLANNED:
         return "none"
     return fitting_mode(_costs_and_memory(stage, preset, config, precision, num_gpus)[1], usable)
 
@@ -169,8 +175,8 @@ def _costs_and_memory(stage: str, preset: Preset, config: StageConfig, precision
 def memory_of(parts: list[Part], parts_kept: list[Part], config: StageConfig, precision: str, num_gpus: int) -> Memory:
     """Memory of one of `num_gpus` GPUs; parts_kept: the same parts where nothing is computed again."""
     trained = sum(part.parameters for part in parts if part.is_trained)
-    frozen = sum(part.parameters for part in parts if not part.is_trained)
     narrow = 0 if precision == "fp32" else 2
+    frozen = sum(part.parameters * (narrow or 4 if part.name == "base" else 4) for part in parts if not part.is_trained)
     shards = num_gpus if config.sharding == "fsdp2" else 1
     identities = config.batch_identities / (num_gpus * config.accumulation)
     again = [
@@ -179,7 +185,7 @@ def memory_of(parts: list[Part], parts_kept: list[Part], config: StageConfig, pr
         if part.num_recomputed
     ]
     return Memory(
-        weights=trained * (4 / shards + narrow) + frozen * (narrow or 4),
+        weights=trained * (4 / shards + narrow) + frozen,
         gradients=trained * 4 / shards,
         optimizer=trained * (2 if config.optimizer == "adamw_8bit" else 8) / shards,
         averages=trained * 4 / shards,
@@ -231,7 +237,7 @@ def plan_text(plan: Plan) -> str:
         "identities of a step are in one GPU at a time"
     )
     if not plan.fits:
-        way = "more GPUs or --shard"
+        way = "more GPUs or --shard" if plan.stage != "base" else "a smaller train.base.batch_identities"
         if plan.accumulation_that_fits is not None:
             way = f"--set train.{plan.stage}.accumulation={plan.accumulation_that_fits}"
         lines.append(f"this does not fit; it would with {way}")

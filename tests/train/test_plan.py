@@ -1,17 +1,25 @@
 """`--plan`: figures of the paper's sizes against ones worked out by hand, and how they follow the settings."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.utils.flop_counter import FlopCounterMode
 
 from omniid.cli.commands.train import GPU_NAMES
 from omniid.cli.main import main
-from omniid.config import load_preset
+from omniid.config import ConfigError, load_preset
+from omniid.data.few_to_many import FewToManyBatches
+from omniid.data.records import open_records
 from omniid.errors import OmniIDError
 from omniid.models.flux import base_without_weights
+from omniid.train.base import BaseStage
+from omniid.train.control import ControlStage
 from omniid.train.costs import count_costs
+from omniid.train.draws import identity_generators
+from omniid.train.flow import FlowStage
 from omniid.train.hardware import GPUS
 from omniid.train.plan import plan_stage, plan_text
 
@@ -92,6 +100,59 @@ def test_flow_at_the_papers_sizes_agrees_with_the_sums_by_hand():
     assert round(again.num_recomputed) == 57
 
 
+@pytest.mark.parametrize("stage", ["base", "flow", "control"])
+def test_the_plan_counts_what_a_real_step_computes(tiny, weights, records, monkeypatch, stage):
+    """FLOPs of the stage's own loss and gradients, counted while they are computed from real records."""
+    monkeypatch.setenv("OMNIID_KERNELS", "reference")  # native kernels are not counted
+    settings = dataclasses.replace(getattr(tiny.train, stage), num_inputs=(2, 2), control_single_blocks=1)
+    preset = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, **{stage: settings}))
+    one = {"base": BaseStage, "flow": FlowStage, "control": ControlStage}[stage](preset, weights)
+    batch = FewToManyBatches(open_records(records, "train"), 32, 4, (2, 2), 2, seed=0, steps=1, landmarks=True)[0]
+    one.model.train()
+    with FlopCounterMode(display=False) as counter:
+        one.loss(batch.to_device(torch.device("cpu")), identity_generators(0, batch.places))[0].backward()
+    parts = count_costs(stage, preset, "fp32", "none")
+    planned = sum(part.forward_flops + part.backward_flops for part in parts)
+    assert planned == pytest.approx(counter.get_total_flops() / 4, rel=0.05)
+    trained = sum(parameter.numel() for parameter in one.model.parameters() if parameter.requires_grad)
+    assert sum(part.parameters for part in parts if part.is_trained) == pytest.approx(trained, rel=0.05)
+
+
+def test_control_trains_adapter_and_controlnet_and_freezes_the_encoder():
+    plan = plan_stage("control", "mini")
+    assert {part.name for part in plan.parts if part.is_trained} == {"adapter", "controlnet"}
+    assert {part.name for part in plan.parts if part.backward_flops == 0} == {"tower", "encoder", "autoencoder"}
+    again = plan_stage("control", "mini", overrides=["train.control.memory=full"])
+    assert again.step_flops > plan.step_flops and again.memory["full"].total < plan.memory["none"].total
+
+
+def test_frozen_parts_are_narrow_only_where_the_run_makes_them_so():
+    """The base runs in bf16; encoder and autoencoder stay in fp32."""
+    plan = plan_stage("control", "mini")
+    trained, base = plan.trained_parameters, next(part for part in plan.parts if part.name == "base").parameters
+    others = plan.parameters - trained - base
+    assert plan.memory["none"].weights == 6 * trained + 2 * base + 4 * others
+
+
+def test_a_frozen_encoder_of_stage_flow_has_no_backward_pass():
+    frozen, trained = (
+        {part.name: part for part in count_costs("flow", load_preset("mini", [wish]), "fp32", "none")}
+        for wish in ("train.flow.encoder_lr_scale=0.0", "train.flow.encoder_lr_scale=1.0")
+    )
+    assert frozen["tower"].backward_flops == 0 < trained["tower"].backward_flops
+    assert not frozen["encoder"].is_trained and trained["encoder"].is_trained
+
+
+def test_every_block_of_a_base_counts_alike_however_many_there_are():
+    """Costs at a depth are drawn from those of a few blocks."""
+    flops = []
+    for depth in (1, 2, 3, 5):
+        sizes = [f"base.sizes.num_double_blocks={depth}", f"base.sizes.num_single_blocks={depth}"]
+        flops.append(count_costs("base", load_preset("mini", sizes), "fp32", "none")[-1].forward_flops)
+    block = flops[1] - flops[0]
+    assert [flops[2] - flops[1], flops[3] - flops[2]] == pytest.approx([block, 2 * block], rel=1e-6)
+
+
 def test_the_mean_over_photo_counts_is_planned():
     """1 to 3 photos cost on average as much as always 2."""
     drawn, fixed = (
@@ -124,6 +185,13 @@ def test_command_prints_a_table_or_json_and_needs_no_data():
     assert values["memory"]["none"]["total"] > values["memory"]["none"]["optimizer"]
 
 
+@pytest.mark.parametrize("stage", ["base", "control"])
+def test_other_stages_are_planned_from_the_command_line_without_warnings(stage):
+    shown = CliRunner().invoke(main, ["train", stage, "--plan"])
+    assert shown.exit_code == 0 and shown.stderr == ""
+    assert f"{stage}, preset mini, 1 x h200, bf16" in shown.output
+
+
 def test_without_plan_data_and_run_are_asked_for():
     result = CliRunner().invoke(main, ["train", "mtd", "--run", "somewhere"])
     assert result.exit_code == 2 and "missing option '--data'" in result.output
@@ -132,6 +200,10 @@ def test_without_plan_data_and_run_are_asked_for():
 def test_what_cannot_be_planned_is_said():
     with pytest.raises(OmniIDError, match="not a multiple of 3 GPUs x accumulation 1"):
         plan_stage("mtd", "mini", num_gpus=3)
+    with pytest.raises(OmniIDError, match="stage base needs its batch in one piece"):
+        plan_stage("base", "mini", num_gpus=2)
+    with pytest.raises(ConfigError, match=r"preset 'paper' has no \[base.sizes\]"):
+        plan_stage("base", "paper")
     with pytest.raises(OmniIDError, match="sizes of the base 'somebody/else' are not known"):
         plan_stage("flow", "paper", overrides=["base.path=somebody/else"])
 
