@@ -32,6 +32,7 @@ class T2IStage(FlowStage):
         if (weights / "adapter.safetensors").is_file():
             self._load_adapter(weights)
         self.model = nn.ModuleDict({"adapter": self.adapter})
+        self.frozen = (*self.frozen, self.pipeline.text_encoder, self.pipeline.text_encoder_2)
         if self.config.keep_controlnet:
             self.controlnet = load_landmark_controlnet(weights / "controlnet", self.transformer).requires_grad_(False)
             self.frozen = (*self.frozen, self.controlnet)
