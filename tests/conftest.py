@@ -45,7 +45,7 @@ TINY = [
     "base.sizes.clip_width=16", "base.sizes.clip_layers=1", "base.sizes.clip_heads=2",
     *(f"train.{stage}.{setting}" for stage in ("base", "mtd", "flow", "control", "t2i") for setting in (
         "batch_identities=4", "num_targets=2", "warmup_steps=2", "steps=8", "save_every=3", "sample_every=4", "log_every=1",
-        "precision=fp32", "mirror=0.0", "max_yaw=90.0",
+        "precision=fp32", "mirror=0.0", "max_yaw=90.0", "timestep_shift=1.0",
     )),
     "train.base.autoencoder_steps=4", "train.flow.encoder_lr_scale=1.0",
 ]  # fmt: skip

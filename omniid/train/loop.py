@@ -384,9 +384,9 @@ class Trainer:
                 raise TrainingError(
                     f"{self.run_folder} already holds {found[-1].name}; add --resume or choose another --run folder"
                 )
-            self.run_folder.mkdir(parents=True, exist_ok=True)
         elif found:
             self._restore(found[-1])
+        self.run_folder.mkdir(parents=True, exist_ok=True)
         self._truncate_log()
 
     def _restore(self, folder: Path) -> None:
