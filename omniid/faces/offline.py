@@ -33,8 +33,8 @@ _DLIB_MEAN = np.array(
 _CHIP_SIZE, _CHIP_PADDING = 150, 0.25
 _BATCH = 32  # chips the recogniser takes at once; more only costs memory
 
-_COARSE_SIDE = 320  # a pass costs 9 ms and finds faces of a quarter of the photo's side
-_FINE_SIDE = 1280  # a pass costs sixteen times that and finds faces of 80 px where the photo has them
+_COARSE_SIDE = 320  # the quick pass finds faces of a quarter of the photo's side
+_FINE_SIDE = 1280  # a pass costs sixteen times as much and finds faces of 80 px where the photo has them
 _POINTS_FACE_SIZE = 300  # px; the point predictor gains nothing from more
 # A weak detection beside a strong one is a pattern, not a face.
 _MIN_SCORE, _MIN_SCORE_RATIO = 0.15, 0.25
@@ -54,9 +54,8 @@ class _View:
 # Tried in this order until one shows a face. The border serves photos that a face fills from edge to edge.
 _LADDER = (
     _View(_COARSE_SIDE),
-    _View(
-        448
-    ),  # other sizes between the detector's steps of 5/6: half the time of the next, and finds most of the rest
+    # Sizes between the detector's steps of 5/6, in half the time of the next: it finds most of what the first missed.
+    _View(448),
     _View(640),
     _View(_FINE_SIDE),
     _View(480, border=0.5),

@@ -180,11 +180,6 @@ class AttachedIdentities:
         self.of_block: list[list[tuple[Tensor, Tensor, float | Tensor]]] = [[] for _ in range(num_blocks)]
         """Keys, values and scale of every identity that acts in this pass, for each block."""
 
-    @property
-    def act(self) -> bool:
-        """Whether any identity changes this step."""
-        return self.strength != 0 and any(isinstance(use.scale, Tensor) or use.scale != 0 for use in self.uses)
-
     def begin_pass(self, num_image_tokens: int) -> None:
         """Called before every forward pass of the transformer."""
         self.num_image_tokens = num_image_tokens
@@ -276,7 +271,7 @@ def attach_identities(
         attached.begin_pass(hidden_states.shape[1])
 
     def guide(module: nn.Module, args: tuple, kwargs: dict, output):
-        if attached.guidance == 1 or not attached.act:
+        if attached.guidance == 1 or not any(attached.of_block):
             return output
         strength, attached.strength = attached.strength, 0.0  # which also ends the recursion
         try:

@@ -29,9 +29,7 @@ class ControlStage(FlowStage):
     def __init__(self, preset: Preset, weights: Path):
         """`weights` as for `FlowStage`; its adapter is taken where there is one."""
         super().__init__(preset, weights, preset.train.control)
-        self.encoder.requires_grad_(False).eval()
-        if (weights / "adapter.safetensors").is_file():
-            self._load_adapter(weights)
+        self._keep_encoder(weights)
         self.controlnet = build_landmark_controlnet(
             self.transformer, self.config.control_double_blocks, self.config.control_single_blocks
         ).requires_grad_(True)
@@ -61,6 +59,5 @@ class ControlStage(FlowStage):
 
     def export(self, folder: Path) -> None:
         """Writes the adapter, which reads the frozen encoder's codes, and the ControlNet as diffusers' folder."""
-        self.adapter.encoder_fingerprint = self.encoder.fingerprint()
-        self.adapter.save(folder / "adapter.safetensors")
+        self._export_adapter(folder, self.encoder)
         save_landmark_controlnet(self.controlnet, folder / "controlnet")

@@ -50,6 +50,12 @@ class FlowStage:
         trained.check_base(self.transformer)
         self.adapter.load_state_dict(trained.state_dict())
 
+    def _keep_encoder(self, weights: Path) -> None:
+        """For later stages: the encoder is fixed, and the adapter goes on from the one in `weights` where there is one."""
+        self.encoder.requires_grad_(False).eval()
+        if (weights / "adapter.safetensors").is_file():
+            self._load_adapter(weights)
+
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
         images = batch.targets.flatten(0, 1)
         self._move_to(images.device)
@@ -135,7 +141,11 @@ class FlowStage:
     def export(self, folder: Path) -> None:
         self.encoder.save(folder / "encoder.safetensors")
         # The file is rounded to bf16; identities will carry the fingerprint of what is read from it.
-        self.adapter.encoder_fingerprint = _encoder_from(self.preset, folder).fingerprint()
+        self._export_adapter(folder, _encoder_from(self.preset, folder))
+
+    def _export_adapter(self, folder: Path, encoder: OmniIDEncoder) -> None:
+        """Writes the adapter as one that reads the codes of `encoder`."""
+        self.adapter.encoder_fingerprint = encoder.fingerprint()
         self.adapter.save(folder / "adapter.safetensors")
 
     @torch.no_grad()

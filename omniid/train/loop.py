@@ -27,6 +27,7 @@ from omniid.data.scenes import SceneBatches
 from omniid.errors import OmniIDError
 from omniid.train import checkpoint as checkpoints
 from omniid.train.compiling import compile_blocks
+from omniid.train.costs import PLANNED
 from omniid.train.draws import identity_generators
 from omniid.train.hardware import USABLE_MEMORY
 from omniid.train.memory import recompute_blocks
@@ -155,7 +156,10 @@ class Trainer:
             self.stage.name, self.preset, self.config, precision, self.accelerator.num_processes, usable
         )
         if self.is_main and self.progress:
-            tqdm.write(f"memory: {mode}, by the plan for {usable / 1e9:.0f} GB", file=sys.stderr)
+            reason = (
+                f"by the plan for {usable / 1e9:.0f} GB" if self.stage.name in PLANNED else "for this stage has no plan"
+            )
+            tqdm.write(f"memory: {mode}, {reason}", file=sys.stderr)
         return mode
 
     def _check_split(self) -> None:

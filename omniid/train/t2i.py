@@ -28,9 +28,7 @@ class T2IStage(FlowStage):
     def __init__(self, preset: Preset, weights: Path):
         """`weights` as for `FlowStage`; with `keep_controlnet` it holds the ControlNet that stage `control` exported."""
         super().__init__(preset, weights, preset.train.t2i)
-        self.encoder.requires_grad_(False).eval()
-        if (weights / "adapter.safetensors").is_file():
-            self._load_adapter(weights)
+        self._keep_encoder(weights)
         self.model = nn.ModuleDict({"adapter": self.adapter})
         self.frozen = (*self.frozen, self.pipeline.text_encoder, self.pipeline.text_encoder_2)
         if self.config.keep_controlnet:
@@ -75,8 +73,7 @@ class T2IStage(FlowStage):
 
     def export(self, folder: Path) -> None:
         """Writes the adapter, which reads the frozen encoder's codes."""
-        self.adapter.encoder_fingerprint = self.encoder.fingerprint()
-        self.adapter.save(folder / "adapter.safetensors")
+        self._export_adapter(folder, self.encoder)
 
     def _embed_prompt(self) -> TextEmbedding | None:
         """Nothing yet: every scene has its own caption, so the text encoders stay."""
