@@ -198,7 +198,8 @@ class StageConfig:
     tower_lr_decay: float = 1.0
     """Mtd stage only: each layer of the vision tower gets this times the rate of the layer above it; 1 treats all alike."""
     encoder_lr_scale: float = 1.0
-    """Flow stage only: the encoder's learning rate relative to the adapter's; 0 freezes it and saves its backward."""
+    """Mtd and flow stages only: the encoder's learning rate relative to the decoder's or adapter's; 0 freezes it and saves
+    its backward."""
     conditioning_dropout: float = 0.0
     """Base and t2i stages only: share of captions replaced by the empty prompt."""
     control_double_blocks: int = 4

@@ -81,7 +81,7 @@ def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list
     with torch.device("meta"):
         encoder = OmniIDEncoder.from_preset(preset)
         images = torch.empty(sum(counts), 3, preset.tower.image_size, preset.tower.image_size)
-    encoder.requires_grad_(stage == "mtd" or (stage == "flow" and config.encoder_lr_scale > 0))
+    encoder.requires_grad_(stage in ("mtd", "flow") and config.encoder_lr_scale > 0)
     bounds = torch.tensor([0, *counts]).cumsum(0).int()
     tower = meter.measure("tower", [encoder.tower], encoder.photo_tokens, images)
     codes = meter.measure(

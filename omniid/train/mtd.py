@@ -16,7 +16,7 @@ from omniid.models.masked_decoder import MaskedDecoder, patchify, unpatchify
 
 
 class MTDStage:
-    """All layers of the tower, the encoder and the decoder train."""
+    """All layers of the tower, the encoder and the decoder train; the decoder alone with `encoder_lr_scale = 0`."""
 
     name = "mtd"
     needs_whole_batch = False
@@ -26,7 +26,9 @@ class MTDStage:
         self.encoder = OmniIDEncoder.from_preset(preset)
         self.decoder = MaskedDecoder(preset.decoder, preset.encoder)
         self.model = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
-        self.tower_lr_decay = preset.train.mtd.tower_lr_decay
+        self.config = preset.train.mtd
+        if self.config.encoder_lr_scale == 0:
+            self.encoder.requires_grad_(False)
 
     def load(self, folder: Path) -> None:
         """Takes encoder and decoder from a weights folder instead of fresh ones."""
@@ -46,16 +48,21 @@ class MTDStage:
         return float(batch.masks.sum())
 
     def learning_rate_scale(self, name: str) -> float:
-        """The tower's lower layers, which pre-training made the most general, may move more slowly than those above.
+        """A trained encoder may move more slowly than its decoder, and the tower's lower layers, which pre-training made the
+        most general, more slowly than those above.
 
         As in BEiT and MAE's fine-tuning: with d = tower_lr_decay and N layers counted from 0, the parameters of layer i get
-        d^(N - i) times the rate, patch and position embeddings and the norm after them d^(N + 1), all others 1.
+        d^(N - i) times the rate, patch and position embeddings and the norm after them d^(N + 1), all others 1; the whole
+        encoder `encoder_lr_scale` times that.
         """
-        if not name.startswith("encoder.tower.") or ".post_layernorm." in name:
+        if not name.startswith("encoder."):
             return 1.0
+        scale = self.config.encoder_lr_scale
+        if not name.startswith("encoder.tower.") or ".post_layernorm." in name:
+            return scale
         layer = re.search(r"\.encoder\.layers\.(\d+)\.", name)
         num_layers = self.encoder.tower_config.num_layers
-        return self.tower_lr_decay ** (num_layers + 1 if layer is None else num_layers - int(layer[1]))
+        return scale * self.config.tower_lr_decay ** (num_layers + 1 if layer is None else num_layers - int(layer[1]))
 
     def _identity(self, codes: Tensor, batch: Batch, visible: Tensor) -> dict[str, Tensor]:
         """What validation logs beside the loss: whether codes tell people apart.

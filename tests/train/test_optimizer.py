@@ -47,6 +47,21 @@ def test_without_decay_all_rates_are_the_same(tiny):
     assert set(scales(MTDStage(tiny), tiny.train.mtd).values()) == {1.0}
 
 
+def test_a_trained_encoder_moves_more_slowly_than_its_decoder(tiny):
+    preset = with_mtd(tiny, tower_lr_decay=0.5, encoder_lr_scale=0.1)
+    found = scales(MTDStage(preset), preset.train.mtd)
+    assert found["decoder.head.weight"] == 1.0
+    assert found["encoder.queries"] == pytest.approx(0.1)
+    (name,) = [name for name in found if name.startswith("encoder.tower.") and ".layers.0.mlp.fc1.weight" in name]
+    assert found[name] == pytest.approx(0.025)
+
+
+def test_a_frozen_encoder_leaves_the_decoder_to_train(tiny):
+    preset = with_mtd(tiny, encoder_lr_scale=0.0)
+    trained = [name for name, p in MTDStage(preset).model.named_parameters() if p.requires_grad]
+    assert trained and all(name.startswith("decoder.") for name in trained)
+
+
 def test_a_decayed_layer_moves_less(tiny):
     """Of Adam's first step every weight moves by its rate."""
     preset = with_mtd(tiny, tower_lr_decay=0.1, weight_decay=0.0)
