@@ -45,7 +45,8 @@ gpu: venv
 	@$(BIN)/python -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 		echo "make gpu needs a CUDA device and a CUDA build of torch in $(VENV); neither the tests nor the benchmarks ran" >&2; exit 1; }
 	$(BIN)/pytest -m gpu $(PYTEST_FLAGS)
-	$(BIN)/omniid bench
+	$(BIN)/omniid bench --save
+	$(BIN)/omniid bench train_step -- --preset paper --device cuda --save
 
 clean:
 	rm -rf build demo runs *.egg-info .pytest_cache .ruff_cache .hypothesis kernels/_native*.so

@@ -4,11 +4,13 @@
     packed eager     the same with packed photo sets: each identity's queries read its own photos, nothing is filled up
     packed compiled  packed eager with torch.compile on every block
     omniid           what `omniid train mtd` runs
+    omniid fp8       the same with train.mtd.fp8, on GPUs that multiply fp8
 
 All have the same weights, batch and visible patches; their losses and gradients are compared before anything is timed.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import sys
@@ -23,7 +25,9 @@ from torch import Tensor, nn
 
 from omniid.config import Preset, load_preset
 from omniid.data.few_to_many import Batch
+from omniid.kernels.fp8_rows import FIRST_WITH_FP8
 from omniid.kernels.patch_l1 import patch_l1_reference
+from omniid.models.fp8 import train_in_fp8
 from omniid.models.masked_decoder import patchify
 from omniid.train.draws import identity_generators
 from omniid.train.mtd import MTDStage
@@ -33,6 +37,7 @@ from omniid.train.precision import choose_precision
 SEED, MOST_PHOTOS = 0, 3
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Relative, of losses and gradient norms."""
+FP8_TOLERANCE = 0.1
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -165,38 +170,49 @@ def setup(preset: Preset, num_identities: int, device: str, dtype: torch.dtype) 
     batch = random_batch(preset, num_identities, device)
     generators = identity_generators(SEED, batch.places)
     visible = torch.cat([stage.decoder.draw_visible(1, batch.targets.shape[1], one) for one in generators]).to(device)
-    # One set of weights for all; at a rate of 0 it stays as it is, in the same time.
-    optimizer = build_optimizer(stage, dataclasses.replace(preset.train.mtd, lr=0.0))
-    parameters = list(stage.model.parameters())
     forms = {
         "padded eager": PlainMTD(stage, is_padded=True, is_compiled=False),
         "packed eager": PlainMTD(stage, is_padded=False, is_compiled=False),
         "packed compiled": PlainMTD(stage, is_padded=False, is_compiled=True),
     }
+
     losses = {name: lambda form=form: form.loss(batch, visible) for name, form in forms.items()}
     losses["omniid"] = lambda: stage.loss(batch, identity_generators(SEED, batch.places))[0]
 
-    def step(loss_of: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
-        def run():
-            with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss = loss_of()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, preset.train.mtd.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss.detach(), norm
+    def steps(stage: MTDStage, losses: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], tuple]]:
+        # One set of weights for all; at a rate of 0 it stays as it is, in the same time.
+        optimizer = build_optimizer(stage, dataclasses.replace(preset.train.mtd, lr=0.0))
+        parameters = list(stage.model.parameters())
 
-        return run
+        def step(loss_of: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+            def run():
+                with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    loss = loss_of()
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(parameters, preset.train.mtd.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                return loss.detach(), norm
 
-    return {name: step(loss_of) for name, loss_of in losses.items()}
+            return run
+
+        return {name: step(loss_of) for name, loss_of in losses.items()}
+
+    cases = steps(stage, losses)
+    if device == "cuda" and torch.cuda.get_device_capability() >= FIRST_WITH_FP8:
+        in_fp8 = copy.deepcopy(stage)
+        train_in_fp8(in_fp8.model)
+        cases |= steps(in_fp8, {"omniid fp8": lambda: in_fp8.loss(batch, identity_generators(SEED, batch.places))[0]})
+    return cases
 
 
 def check(cases: dict[str, Callable[[], tuple]], dtype: torch.dtype) -> dict[str, float]:
     """Runs every form once and returns how far its loss is from ours, relative; ends where forms disagree."""
     found = {name: [float(value) for value in case()] for name, case in cases.items()}
     for name, values in found.items():
+        tolerance = FP8_TOLERANCE if name.endswith("fp8") else TOLERANCE[dtype]
         for what, value, ours in zip(("loss", "gradient norm"), values, found["omniid"], strict=True):
-            if not abs(value - ours) <= TOLERANCE[dtype] * abs(ours):
+            if not abs(value - ours) <= tolerance * abs(ours):
                 raise SystemExit(f"{name}: {what} {value}, omniid's {ours}; times of other work tell nothing")
     return {name: abs(values[0] / found["omniid"][0] - 1) for name, values in found.items()}
 

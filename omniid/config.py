@@ -168,6 +168,9 @@ class StageConfig:
     """What the backward pass computes again instead of keeping it: none, selective, full, or auto: what fits the GPU."""
     compile: bool = False
     """torch.compile of every transformer block, for GPUs; it takes minutes at first, and two AVX2 cores gain nothing."""
+    fp8: bool = False
+    """Linear layers of all transformer blocks multiply in fp8, trained ones and a frozen base's; needs a GPU of compute
+    capability 8.9 to gain. Norms, modulations, embeddings and heads stay as they are."""
     sharding: str = "none"
     """none: every process holds all weights and optimizer state (DDP); fsdp2: they are spread over the processes."""
     num_targets: int = 8

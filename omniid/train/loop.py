@@ -25,6 +25,7 @@ from omniid.config import Preset, StageConfig, preset_to_toml
 from omniid.data.few_to_many import Batch, FewToManyBatches
 from omniid.data.scenes import SceneBatches
 from omniid.errors import OmniIDError
+from omniid.models.fp8 import check_fp8_device, freeze_in_fp8, train_in_fp8
 from omniid.train import checkpoint as checkpoints
 from omniid.train.compiling import compile_blocks
 from omniid.train.costs import PLANNED
@@ -120,6 +121,11 @@ class Trainer:
         self.memory = self._choose_memory(precision)
         for frozen in stage.frozen:
             frozen.to(torch.float32 if precision == "fp32" else torch.bfloat16)
+        if config.fp8:
+            check_fp8_device(self.accelerator.device)
+            train_in_fp8(stage.model)
+            for frozen in stage.frozen:
+                freeze_in_fp8(frozen, for_training=True)
         for module in (stage.model, *stage.frozen):
             if config.compile:
                 compile_blocks(module)
