@@ -65,7 +65,16 @@ EXTRAS = {
     "video": ["av>=14", "scenedetect>=0.6"],
     "track": ["wandb>=0.20", "trackio>=0.5"],
     "app": ["gradio>=5"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.12",
+        "onnx>=1.20",
+        "onnxscript>=0.5",
+        "onnxruntime>=1.23",
+        "tensorrt-rtx>=1.5; platform_system == 'Linux'",
+    ],  # fmt: skip
 }
 
 setup(

@@ -22,12 +22,32 @@ import click
     type=click.IntRange(min=0),
     help="Which face of each photo, counted from 0 from left to right; the largest by default.",
 )
+@click.option(
+    "--engine",
+    type=click.Path(dir_okay=False),
+    help="An exported encoder instead of the preset's: .onnx (onnxruntime) or .engine (TensorRT, needs its GPU).",
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnx", "onnx-cuda", "trt"]),
+    help="With --engine: what runs it; by default what its name says.",
+)
 @click.option("--faces", "backend", default="offline", show_default=True, help="What finds the faces.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def encode(photos: tuple[str, ...], output: str, preset: str, face: int | None, backend: str, as_json: bool) -> None:
+def encode(
+    photos: tuple[str, ...],
+    output: str,
+    preset: str,
+    face: int | None,
+    engine: str | None,
+    runtime: str | None,
+    backend: str,
+    as_json: bool,
+) -> None:
     """\b
     omniid encode faces/*.jpg -o id.pt
     omniid encode folder_of_photos -o id.safetensors --json
+    omniid encode faces/*.jpg --engine exported/encoder_fp32.onnx -o id.pt
 
     Turns one or more photos of ONE person (files or folders) into an identity file. An existing file is replaced.
     """
@@ -42,14 +62,11 @@ def encode(photos: tuple[str, ...], output: str, preset: str, face: int | None, 
         raise IdentityFileError(
             f"cannot write {output}: the folder {Path(output).parent} does not exist; make it first"
         )
+    encoder, size = _encoder(preset, engine, runtime)
     finder = analyzer(backend)
 
     from tqdm import tqdm
 
-    from omniid.models.encoder import load_encoder
-
-    encoder = load_encoder(_weights_of(preset))
-    size = encoder.tower_config.image_size
     found, crops = [], []
     faces = finder.find_crops(paths, size, face)
     for one, crop in tqdm(faces, total=len(paths), desc="faces", unit="photo", disable=len(paths) < 4, leave=False):
@@ -69,6 +86,27 @@ def encode(photos: tuple[str, ...], output: str, preset: str, face: int | None, 
     rows, columns = identity.shape
     plural = "photo" if identity.num_images == 1 else "photos"
     click.echo(f"{output}: {identity.num_images} {plural}, {rows} x {columns} tokens, encoder {identity.encoder[:12]}")
+
+
+def _encoder(preset: str, engine: str | None, runtime: str | None):
+    """What makes identities of crops, and the crops' size."""
+    if engine is None:
+        if runtime is not None:
+            raise click.UsageError("--runtime says what runs an --engine; name one")
+        from omniid.models.encoder import load_encoder
+
+        encoder = load_encoder(_weights_of(preset))
+        return encoder, encoder.tower_config.image_size
+    runtime = runtime or ("trt" if engine.endswith(".engine") else "onnx")
+    if runtime == "trt":
+        from omniid.export.engine_encoder import EngineEncoder
+
+        encoder = EngineEncoder(engine)
+    else:
+        from omniid.export.exported_encoder import OnnxEncoder
+
+        encoder = OnnxEncoder(engine, "cuda" if runtime == "onnx-cuda" else "cpu")
+    return encoder, encoder.image_size
 
 
 def _weights_of(preset: str) -> str:

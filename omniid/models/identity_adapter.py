@@ -22,6 +22,8 @@ from omniid.kernels.dense_attention import dense_attention
 from omniid.models.flux import FluxLayout, attention_modules, layout_of
 
 FORMAT_VERSION = 1
+SCALE_SUFFIX = "_scale"
+"""After the name of a weight in fp8: fp32 scales (inner) of its rows (inner, C)."""
 
 
 class AdapterError(OmniIDError):
@@ -110,8 +112,10 @@ class IdentityAdapter(nn.Module):
             )
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Writes weights and sizes as one safetensors file."""
+        """Writes weights and sizes as one safetensors file; in float8_e4m3fn every output channel gets a scale in fp32."""
         from safetensors.torch import save_file
+
+        from omniid.kernels.fp8_rows import FP8, quantize_rows
 
         sizes = {
             "format_version": FORMAT_VERSION,
@@ -121,7 +125,13 @@ class IdentityAdapter(nn.Module):
             "head_dim": self.head_dim,
             "encoder": self.encoder_fingerprint,
         }
-        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            if dtype == FP8 and tensor.dim() == 2:
+                rows = quantize_rows(tensor.detach().float())
+                tensors[name], tensors[name + SCALE_SUFFIX] = rows.values.cpu().contiguous(), rows.scales.cpu()
+            else:
+                tensors[name] = tensor.detach().to("cpu", torch.bfloat16 if dtype == FP8 else dtype).contiguous()
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"omniid_adapter": json.dumps(sizes)})
 
@@ -147,6 +157,10 @@ class IdentityAdapter(nn.Module):
                 f"{path} has format {sizes['format_version']}, this omniid reads up to {FORMAT_VERSION}; update omniid"
             )
         adapter = cls(sizes["width"], sizes["num_blocks"], sizes["num_heads"], sizes["head_dim"])
+        for name in [name for name in tensors if name.endswith(SCALE_SUFFIX)]:
+            scales, weight = tensors.pop(name), name.removesuffix(SCALE_SUFFIX)
+            if weight in tensors:
+                tensors[weight] = tensors[weight].float() * scales.unsqueeze(1)
         try:
             adapter.load_state_dict(tensors)
         except RuntimeError as error:

@@ -1,0 +1,173 @@
+"""omniid export: ONNX files and TensorRT engines, each with its proof of parity."""
+
+import json
+
+import click
+
+
+def _shared_options(function):
+    options = [
+        click.option(
+            "--what",
+            type=click.Choice(["encoder", "adapter", "transformer"]),
+            required=True,
+            help="encoder: photos to identity tokens. adapter: tokens to keys and values of all blocks. transformer: FLUX with "
+            "identity and strength as inputs.",
+        ),
+        click.option(
+            "--preset",
+            default="mini",
+            show_default=True,
+            help="mini, or a folder of trained weights; see --random-weights.",
+        ),
+        click.option(
+            "-o", "--output", "folder", required=True, type=click.Path(file_okay=False), help="Folder for the files."
+        ),
+        click.option(
+            "--form",
+            type=click.Choice(["packed", "padded"]),
+            default="packed",
+            show_default=True,
+            help="Of the encoder: photos of all identities in a row with their lengths, or filled up and masked.",
+        ),
+        click.option("--opset", type=int, default=20, show_default=True, help="Of ONNX, 18 to 23; fp8 needs 19."),
+        click.option(
+            "--random-weights",
+            is_flag=True,
+            help="Untrained weights in the preset's sizes, to measure time, memory and size: --preset paper --random-weights.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.group()
+def export() -> None:
+    """ONNX files and TensorRT engines of the trained parts, each compared with PyTorch before it counts as done."""
+
+
+@export.command("onnx")
+@_shared_options
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp8", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="Of weights and products.",
+)
+def onnx_command(precision: str, as_json: bool, **options) -> None:
+    """\b
+    omniid export onnx --what encoder -o exported
+    omniid encode faces/*.jpg --engine exported/encoder_fp32.onnx -o id.pt
+
+    Writes an ONNX file and compares it with PyTorch in onnxruntime. Exit code 1 where they differ too much.
+    """
+    exported = _export(precision=precision, as_json=as_json, **options)
+    _print(exported.report.to_dict(), str(exported.report), as_json)
+    _fail_unless(exported.report)
+
+
+@export.command("trt")
+@_shared_options
+@click.option(
+    "--precision",
+    type=click.Choice(["bf16", "fp32", "fp8"]),
+    default="bf16",
+    show_default=True,
+    help="Of weights and products.",
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["auto", "rtx", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="rtx builds without a GPU; tensorrt builds on the GPU that the engine is for.",
+)
+@click.option("--target", "targets", multiple=True, metavar="smXX", help="GPUs for rtx, e.g. sm89; repeatable.")
+@click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory, for small GPUs.")
+@click.option(
+    "--stripped", is_flag=True, help="Leave the weights out of the engine; refit it from the ONNX file. Needs a GPU."
+)
+def trt_command(
+    precision: str,
+    runtime: str,
+    targets: tuple[str, ...],
+    weight_streaming: bool,
+    stripped: bool,
+    as_json: bool,
+    **options,
+) -> None:
+    """\b
+    omniid export trt --what encoder --precision bf16 -o engines
+    omniid export trt --what adapter --precision fp8 --target sm89 -o engines
+
+    Exports to ONNX with its proof, then builds an engine from that file and notes it in manifest.json.
+    """
+    from pathlib import Path
+
+    from omniid.export.tensorrt import BuildOptions, build_engine, runtime_module, weights_in_engine
+
+    runtime_module(runtime)  # a missing runtime is said before the work
+    exported = _export(precision=precision, as_json=as_json, **options)
+    _fail_unless(exported.report)
+    settings = BuildOptions(runtime=runtime, targets=targets, weight_streaming=weight_streaming, stripped=stripped)
+    engine = build_engine(
+        exported.path, options["folder"], exported.graph.profiles, exported.metadata | {"what": exported.graph.what},
+        settings, progress=not as_json,
+    )  # fmt: skip
+    held: dict[str, int] = {}
+    if not stripped:
+        for form in weights_in_engine(Path(options["folder"]) / engine.file, exported.path).values():
+            held[form] = held.get(form, 0) + 1
+    result = exported.report.to_dict() | {
+        "engine": engine.file,
+        "engine_bytes": engine.bytes,
+        "engine_seconds": engine.seconds,
+        "engine_targets": list(engine.targets),
+        "matrices_in_engine": held,
+    }
+    lines = [
+        str(exported.report),
+        f"{engine.file}: {engine.bytes:,} bytes in {engine.seconds:.1f} s, for {', '.join(engine.targets)}",
+        *(f"  matrices held as {form}: {count}" for form, count in sorted(held.items())),
+    ]
+    _print(result, "\n".join(lines), as_json)
+
+
+@export.command("fp8")
+@click.option("--preset", default="mini", show_default=True, help="mini, or a folder of trained weights.")
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="File, ends in .safetensors.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def fp8_command(preset: str, output: str, as_json: bool) -> None:
+    """\b
+    omniid export fp8 -o adapter_fp8.safetensors
+    omniid generate --adapter adapter_fp8.safetensors --id id.pt --prompt ...
+
+    The identity adapter with its weights in fp8, a scale for every output: half the size of bf16, read like any adapter.
+    """
+    from omniid.export.fp8_adapter import export_fp8_adapter
+
+    report = export_fp8_adapter(preset, output)
+    _print(report.to_dict(), str(report), as_json)
+    _fail_unless(report)
+
+
+def _export(what, preset, folder, form, opset, random_weights, precision, as_json):
+    from omniid.export.job import Request, export_part
+
+    request = Request(what, preset, precision, form, opset, random_weights)
+    return export_part(request, folder, lambda text: click.echo(text, err=True))
+
+
+def _print(result: dict, text: str, as_json: bool) -> None:
+    click.echo(json.dumps(result) if as_json else text)
+
+
+def _fail_unless(report) -> None:
+    if not report.passed:
+        failed = [measure.name for measure in report.measures if not measure.holds]
+        raise click.ClickException(
+            f"{report.file} differs from PyTorch by more than {report.precision} may: {', '.join(failed)}"
+        )

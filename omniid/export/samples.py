@@ -1,0 +1,94 @@
+"""What exports are calibrated on and judged by: people whom no training saw, and the steps of drawing them.
+
+Calibration and judgement take different people.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omniid.models.flux import TextEmbedding, decode_latents, embed_text, image_ids, unpack_latents
+
+PHOTOS_OF_A_PERSON = (1, 3, 5, 2)
+"""Photos of the first, second, ... person, and again from the start."""
+NUM_CALIBRATION, NUM_JUDGED = 8, 8
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PhotoSets:
+    """uint8 photos (M, 3, H, W) of each person."""
+
+    calibration: list[Tensor]
+    judged: list[Tensor]
+
+
+def photo_sets(size: int) -> PhotoSets:
+    """Aligned photos of synthetic people of fixed seeds, 1 to 5 of each."""
+    from omniid.evaluate.people import unseen_people
+
+    people = unseen_people(NUM_CALIBRATION + NUM_JUDGED, max(PHOTOS_OF_A_PERSON), 1, size)
+    photos = ((people.inputs + 1) * 127.5).round().to(torch.uint8)
+    counts = [PHOTOS_OF_A_PERSON[i % len(PHOTOS_OF_A_PERSON)] for i in range(len(photos))]
+    sets = [one[:count] for one, count in zip(photos, counts, strict=True)]
+    return PhotoSets(sets[:NUM_CALIBRATION], sets[NUM_CALIBRATION:])
+
+
+def random_tokens(count: int, num_tokens: int, width: int) -> Tensor:
+    """Codes (count, num_tokens, width) as an encoder of random weights gives them: normed rows, in fp32."""
+    generator = torch.Generator().manual_seed(SEED)
+    return F.layer_norm(torch.randn(count, num_tokens, width, generator=generator), (width,))
+
+
+class Drawing:
+    """Euler steps of flow matching with any function that gives the velocity.
+
+    Shapes as of `TransformerGraph`; pictures are square, B of them, each of its own identity.
+    """
+
+    def __init__(
+        self, pipeline, keys: Tensor, values: Tensor, prompt: str, image_size: int, text_length: int, guidance: float
+    ):
+        """keys, values: (blocks, B, L, H, D)."""
+        self.vae, self.side = pipeline.vae, image_size // 8
+        self.keys, self.values, self.batch = keys, values, keys.shape[1]
+        with torch.no_grad():
+            self.text: TextEmbedding = embed_text(pipeline, [prompt], text_length).expand(self.batch)
+        config = pipeline.transformer.config
+        self.guidance = torch.full((self.batch,), guidance) if config.guidance_embeds else None
+        generator = torch.Generator().manual_seed(SEED)
+        self.noise = torch.randn(self.batch, (self.side // 2) ** 2, config.in_channels, generator=generator)
+
+    def inputs(self, latents: Tensor, time: float) -> dict[str, Tensor]:
+        """The graph's inputs for packed latents (B, L_img, C) at a time 0..1."""
+        inputs = {
+            "latents": latents,
+            "text": self.text.tokens,
+            "pooled": self.text.pooled,
+            "timestep": torch.full((self.batch,), time),
+            "img_ids": image_ids(self.side, self.side),
+            "id_k": self.keys,
+            "id_v": self.values,
+            "id_scale": torch.ones(latents.shape[:2]),
+        }
+        return inputs if self.guidance is None else inputs | {"guidance": self.guidance}
+
+    def steps(
+        self, velocity: Callable[[dict[str, Tensor]], Tensor], count: int
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+        """(inputs, velocity, latents after the step) of each of `count` steps from noise at time 1 to a picture at 0."""
+        latents, times = self.noise, torch.linspace(1, 0, count + 1).tolist()
+        for now, then in pairwise(times):
+            inputs = self.inputs(latents, now)
+            predicted = velocity(inputs)
+            latents = latents + (then - now) * predicted
+            yield inputs, predicted, latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Packed latents to pictures (B, 3, H, W) in [-1, 1]."""
+        return decode_latents(self.vae, unpack_latents(latents, self.side, self.side))

@@ -1,0 +1,331 @@
+"""TensorRT engines from ONNX files, by one builder for both runtimes.
+
+`tensorrt-rtx` (Ampere to Blackwell consumer cards) builds on a machine without a GPU; `tensorrt` (data centre) builds on
+the GPU that the engine is for. Networks are strongly typed: precision is what the graph says.
+An engine is loaded only with the manifest that was written with it.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from omniid.export.graphs import Profile
+from omniid.export.onnx import ExportError
+from omniid.files import atomic_path
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+RUNTIMES = {"rtx": ("tensorrt_rtx", "tensorrt-rtx"), "tensorrt": ("tensorrt", "tensorrt")}
+"""Runtime to its module and its package."""
+TIMING_CACHE = "timing.cache"
+DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")
+"""What rtx builds for unless told otherwise: Ampere, Ada and Blackwell. FP8 needs Ada or newer."""
+FIRST_TARGET_WITH_FP8 = 89
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """How an engine is built."""
+
+    runtime: str = "auto"
+    """rtx, tensorrt, or auto: tensorrt where it is installed, else rtx."""
+    targets: tuple[str, ...] = ()
+    """Compute capabilities such as sm89, for rtx; empty takes DEFAULT_TARGETS."""
+    weight_streaming: bool = False
+    """Weights may stay in host memory and stream to a GPU that is too small for them."""
+    stripped: bool = False
+    """Leaves the weights out; refit the engine from the ONNX file before use."""
+    workspace_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine's entry in the manifest."""
+
+    file: str
+    sha256: str
+    bytes: int
+    what: str
+    precision: str
+    runtime: str
+    """Package and version."""
+    targets: tuple[str, ...]
+    onnx_sha256: str
+    seconds: float
+    profiles: tuple[str, ...]
+    metadata: dict[str, str]
+
+
+def build_engine(
+    onnx_file: str | Path, folder: str | Path, profiles: Sequence[Profile], metadata: dict[str, str],
+    options: BuildOptions | None = None, progress: bool = True,
+) -> Engine:  # fmt: skip
+    """Builds an engine into `folder` and notes it in the folder's manifest.
+
+    metadata: as in the ONNX file; names what and precision. The file's name tells content, runtime and targets.
+    Raises ExportError where the runtime is missing, knows no such target, cannot read the graph or cannot build it.
+    """
+    options = options or BuildOptions()
+    onnx_file, folder = Path(onnx_file), Path(folder)
+    trt, package = runtime_module(options.runtime)
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx_file)):
+        error = parser.get_error(0)
+        raise ExportError(
+            f"{package} cannot read {onnx_file.name}: {error.desc()} (node {error.node_name() or error.node()}); "
+            "export it at another opset or keep that part in PyTorch"
+        )
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    for profile in profiles:
+        chosen = builder.create_optimization_profile()
+        for name, (smallest, usual, largest) in profile.shapes.items():
+            chosen.set_shape(name, smallest, usual, largest)
+        if config.add_optimization_profile(chosen) < 0:
+            raise ExportError(f"{package} does not accept the sizes of profile {profile.name!r}; {logger.last}")
+    flags = {"WEIGHT_STREAMING": options.weight_streaming, "STRIP_PLAN": options.stripped, "REFIT": options.stripped}
+    for name, wanted in flags.items():
+        if wanted:
+            config.set_flag(getattr(trt.BuilderFlag, name))
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    targets = _set_targets(trt, config, options.targets, package, metadata["precision"])
+    cache = _use_timing_cache(config, folder) if package == "tensorrt" else None
+    if progress:
+        config.progress_monitor = _progress(trt)
+    start = time.perf_counter()
+    blob = builder.build_serialized_network(network, config)
+    if blob is None:
+        raise ExportError(f"{package} could not build {onnx_file.name}: {logger.last or 'no reason given'}")
+    seconds = time.perf_counter() - start
+    blob = memoryview(blob)
+    digest = hashlib.sha256(blob).hexdigest()
+    version = trt.__version__
+    onnx_digest = _digest(onnx_file)
+    what, precision = metadata["what"], metadata["precision"]
+    kind = "stripped_" if options.stripped else ""
+    name = f"{what}_{precision}_{onnx_digest[:8]}_{kind}{package}-{version}_{'+'.join(targets)}.engine"
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / name) as temporary:
+        Path(temporary).write_bytes(blob)
+    if cache is not None:
+        with atomic_path(folder / TIMING_CACHE) as temporary:
+            Path(temporary).write_bytes(memoryview(config.get_timing_cache().serialize()))
+    engine = Engine(
+        file=name, sha256=digest, bytes=len(blob), what=what, precision=precision, runtime=f"{package} {version}",
+        targets=targets, onnx_sha256=onnx_digest, seconds=round(seconds, 2), profiles=tuple(p.name for p in profiles),
+        metadata=dict(metadata),
+    )  # fmt: skip
+    _note(folder, engine)
+    return engine
+
+
+def runtime_module(wish: str = "auto"):
+    """(module, package) of the runtime `wish`. Raises ExportError where it is not installed."""
+    names = ("tensorrt", "rtx") if wish == "auto" else (wish,)
+    for name in names:
+        if name not in RUNTIMES:
+            raise ExportError(f"unknown runtime {name!r}; use auto, {' or '.join(RUNTIMES)}")
+        module, package = RUNTIMES[name]
+        if importlib.util.find_spec(module) is not None:
+            return importlib.import_module(module), package
+    packages = " or ".join(RUNTIMES[name][1] for name in names)
+    raise ExportError(f"{packages} is not installed; install it with: pip install 'omniid[export]'")
+
+
+def check_engine(path: str | Path) -> Engine:
+    """The manifest's entry of an engine file, after comparing both.
+
+    Raises ExportError where the file or its manifest is missing, or they differ: an engine is code, and only the one that
+    was built is run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ExportError(f"{path} does not exist; build it with: omniid export trt")
+    manifest = path.parent / MANIFEST
+    if not manifest.is_file():
+        raise ExportError(f"{path.name} has no {MANIFEST} beside it; copy both, or build the engine again")
+    try:
+        entry = _read(manifest).get(path.name)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{manifest} is damaged ({error}); build the engines again") from error
+    if entry is None:
+        raise ExportError(f"{MANIFEST} does not list {path.name}; build the engine again")
+    if entry.sha256 != _digest(path):
+        raise ExportError(f"{path.name} is not the file that {MANIFEST} describes; copy or build it again")
+    return entry
+
+
+def open_engine(path: str | Path):
+    """(runtime module, deserialised engine) on this machine's GPU.
+
+    Raises ExportError as `check_engine`, and where there is no GPU, or the engine is of another runtime version or GPU.
+    """
+    import torch
+
+    path = Path(path)
+    entry = check_engine(path)
+    if not torch.cuda.is_available():
+        raise ExportError(
+            f"{path.name} runs on an NVIDIA GPU and this machine has none; use an ONNX file with --runtime onnx"
+        )
+    package, version = entry.runtime.split()
+    wish = next(name for name, (_, known) in RUNTIMES.items() if known == package)
+    trt, _ = runtime_module(wish)
+    if trt.__version__ != version:
+        raise ExportError(
+            f"{path.name} was built by {package} {version}, installed is {trt.__version__}; build it again"
+        )
+    here = "sm{}{}".format(*torch.cuda.get_device_capability())
+    if here not in entry.targets:
+        raise ExportError(
+            f"{path.name} was built for {', '.join(entry.targets)}, this GPU is {here}; build it with --target {here}"
+        )
+    logger = _logger(trt)
+    engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise ExportError(f"{package} cannot load {path.name}: {logger.last}")
+    return trt, engine
+
+
+def weights_in_engine(engine_file: str | Path, onnx_file: str | Path) -> dict[str, str]:
+    """Each matrix of an ONNX file to the form in which an engine holds it: its type's name, or `not as such`.
+
+    An engine can be inspected only on its GPU; but one that keeps FP8 weights holds their bytes, row by row or
+    column by column. A matrix that the builder rearranged otherwise, or of few values, is `not as such`.
+    """
+    import onnx_ir as ir
+
+    blob, found = Path(engine_file).read_bytes(), {}
+    for value in ir.load(Path(onnx_file)).graph.initializers.values():
+        if len(value.shape) != 2 or value.const_value.size < 4096:
+            continue
+        matrix = value.const_value.numpy()
+        # The builder may join matrices side by side, so runs are looked for within rows.
+        runs = [
+            np.ascontiguousarray(m[row]).tobytes()[:64]
+            for m in (matrix, matrix.T)
+            for row in (0, len(m) // 2, len(m) - 1)
+        ]
+        is_there = [run in blob and len(set(run)) > 8 for run in runs]
+        found[value.name] = value.dtype.name.lower() if all(is_there[:3]) or all(is_there[3:]) else "not as such"
+    return found
+
+
+def _set_targets(trt, config, wish: Sequence[str], package: str, precision: str) -> tuple[str, ...]:
+    """The compute capabilities that the engine is for."""
+    if package == "tensorrt":
+        import torch
+
+        if wish:
+            raise ExportError("tensorrt builds for the GPU it runs on; choose targets with --runtime rtx")
+        if not torch.cuda.is_available():
+            raise ExportError(
+                "tensorrt builds engines on the GPU that they are for, and this machine has none; use --runtime rtx"
+            )
+        return ("sm{}{}".format(*torch.cuda.get_device_capability()),)
+    known = [name.lower() for name in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
+    if unknown := [name for name in wish if name not in known]:
+        raise ExportError(
+            f"{package} {trt.__version__} builds no engine for {unknown[0]}; it knows {', '.join(sorted(known))}"
+        )
+    too_old = [name for name in wish or DEFAULT_TARGETS if precision == "fp8" and int(name[2:]) < FIRST_TARGET_WITH_FP8]
+    if wish and too_old:
+        raise ExportError(f"{too_old[0]} has no fp8; export bf16 for it, or choose sm{FIRST_TARGET_WITH_FP8} and newer")
+    wish = wish or [name for name in DEFAULT_TARGETS if name not in too_old]
+    config.num_compute_capabilities = len(wish)
+    for index, name in enumerate(wish):
+        config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
+    return tuple(wish)
+
+
+def _use_timing_cache(config, folder: Path):
+    """Timings of earlier builds in the folder spare measuring the same layers again."""
+    file = folder / TIMING_CACHE
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=True)
+    return cache
+
+
+def _note(folder: Path, engine: Engine) -> None:
+    manifest = folder / MANIFEST
+    entries = _read(manifest) if manifest.is_file() else {}
+    entries[engine.file] = engine
+    table = {"version": MANIFEST_VERSION, "engines": {name: asdict(entry) for name, entry in sorted(entries.items())}}
+    with atomic_path(manifest) as temporary:
+        Path(temporary).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(manifest: Path) -> dict[str, Engine]:
+    table = json.loads(manifest.read_text(encoding="utf-8"))
+    if table["version"] > MANIFEST_VERSION:
+        raise ValueError(f"version {table['version']}, this omniid reads up to {MANIFEST_VERSION}")
+    tuples = ("targets", "profiles")
+    return {
+        name: Engine(**{key: tuple(value) if key in tuples else value for key, value in entry.items()})
+        for name, entry in table["engines"].items()
+    }
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file, and of the weights beside it where it has some."""
+    digest = hashlib.sha256()
+    for part in (path, path.with_name(path.name + ".data")):
+        if part.is_file():
+            with open(part, "rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _logger(trt):
+    """A logger that keeps the last error instead of printing it: it becomes part of one sentence."""
+
+    class Logger(trt.ILogger):
+        last = ""
+
+        def __init__(self):
+            trt.ILogger.__init__(self)
+
+        def log(self, severity, message):
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.last = message.strip().splitlines()[0]
+
+    return Logger()
+
+
+def _progress(trt):
+    """The builder's phases as progress bars on stderr."""
+    from tqdm import tqdm
+
+    class Progress(trt.IProgressMonitor):
+        def __init__(self):
+            trt.IProgressMonitor.__init__(self)
+            self.bars = {}
+
+        def phase_start(self, phase_name, parent_phase, num_steps):
+            if parent_phase is None or num_steps > 4:
+                self.bars[phase_name] = tqdm(total=num_steps, desc=phase_name, leave=False, file=sys.stderr)
+
+        def step_complete(self, phase_name, step):
+            if bar := self.bars.get(phase_name):
+                bar.update()
+            return True  # go on
+
+        def phase_finish(self, phase_name):
+            if bar := self.bars.pop(phase_name, None):
+                bar.close()
+
+    return Progress()

@@ -1,0 +1,92 @@
+"""omniid export and what takes its files: encode --engine."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+
+from omniid.cli.main import main
+from omniid.export import parity
+from omniid.identity import Identity
+from omniid.models.identity_adapter import IdentityAdapter
+
+pytest.importorskip("onnxscript", reason="export needs pip install 'omniid[export]'")
+pytestmark = pytest.mark.slow
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    result = run("export", "onnx", "--what", "encoder", "--preset", tiny_weights, "-o", folder, "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["passed"] and facts["notes"]["bytes"] == (folder / facts["file"]).stat().st_size
+    return folder / facts["file"]
+
+
+def test_encode_takes_an_exported_encoder(encoder, tiny_weights, tmp_path, test_data):
+    photo = test_data / "casual" / "lisa1.jpg"
+    ours, theirs = tmp_path / "ours.pt", tmp_path / "theirs.pt"
+    assert run("encode", photo, "-o", ours, "--preset", tiny_weights).exit_code == 0
+    result = run("encode", photo, "-o", theirs, "--engine", encoder)
+    assert result.exit_code == 0, result.output
+    ours, theirs = Identity.load(ours), Identity.load(theirs)
+    assert ours.encoder == theirs.encoder
+    torch.testing.assert_close(ours.tokens, theirs.tokens, rtol=1e-4, atol=1e-4)
+
+
+def test_files_that_cannot_run_are_one_sentence(encoder, tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    photo_is_there = str(tmp_path / "photo.jpg")
+    for arguments, message in (
+        (["--engine", tmp_path / "none.onnx"], "does not exist"),
+        (["--engine", tmp_path / "none.engine"], "does not exist"),
+        (["--engine", photo_is_there, "--runtime", "onnx"], "not an ONNX file"),
+        (["--runtime", "onnx"], "name one"),
+    ):
+        result = run("encode", photo_is_there, "-o", tmp_path / "id.pt", *arguments)
+        assert result.exit_code in (1, 2) and message in result.output, result.output
+    assert not (tmp_path / "id.pt").exists()
+
+
+def test_an_export_that_differs_exits_with_1(tiny_weights, tmp_path, monkeypatch):
+    monkeypatch.setitem(parity.LEAST_COSINE, "fp32", 1.1)
+    result = run("export", "onnx", "--what", "adapter", "--preset", tiny_weights, "-o", tmp_path)
+    assert result.exit_code == 1
+    assert "FAILED" in result.output and "differs from PyTorch" in result.output
+
+
+def test_an_fp8_adapter_is_half_as_large_and_loads_like_any(tiny, tiny_weights, tmp_path):
+    weights = tmp_path / "weights"
+    shutil.copytree(tiny_weights, weights)
+    # Wide enough that names and sizes in the file's head weigh little.
+    adapter = IdentityAdapter(tiny.encoder.width, 3, 8, 64)
+    torch.manual_seed(0)
+    for to_v in adapter.to_v_id:
+        torch.nn.init.normal_(to_v.weight)
+    adapter.save(weights / "adapter.safetensors")
+    path = tmp_path / "adapter_fp8.safetensors"
+    result = run("export", "fp8", "--preset", weights, "-o", path, "--json")
+    facts = json.loads(result.stdout.splitlines()[0])
+    cosines = [one for one in facts["measures"] if "cosine" in one["name"]]
+    assert len(cosines) == 2 and all(one["holds"] for one in cosines)
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("to_v_id.1.weight").dtype == torch.float8_e4m3fn
+        assert file.get_tensor("to_v_id.1.weight_scale").shape == (512,)
+    again, original = IdentityAdapter.load(path), IdentityAdapter.load(weights / "adapter.safetensors")
+    difference = (again.to_v_id[1].weight - original.to_v_id[1].weight).abs()
+    assert 0 < difference.max() <= original.to_v_id[1].weight.abs().amax() / 16
+    assert run("export", "fp8", "--preset", weights, "-o", tmp_path / "a.pt").exit_code == 1
+
+
+def test_help_names_the_commands():
+    result = run("export", "--help")
+    assert result.exit_code == 0
+    assert all(name in result.output for name in ("onnx", "trt", "fp8"))
