@@ -74,7 +74,7 @@ EXTRAS = {
         "onnxscript>=0.5",
         "onnxruntime>=1.23",
         "tensorrt-rtx>=1.5; platform_system == 'Linux'",
-    ],  # fmt: skip
+    ],
 }
 
 setup(
