@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+    from omniid.generate.precision import Placement
     from omniid.models.identity_adapter import IdentityKV, IdentityUse
 
 KEPT_IDENTITIES = 8
@@ -51,6 +52,8 @@ class Generator:
         self.pipeline, self.adapter = pipeline, adapter.requires_grad_(False)
         self.pipelines = FluxPipelines(pipeline, controlnet)
         self.defaults = defaults or GenerateDefaults()
+        self.placement: Placement | None = None
+        """In which precision and where `load_generator` placed the base; None where the caller did."""
         self._projected: OrderedDict[bytes, IdentityKV] = OrderedDict()
 
     @torch.inference_mode()
