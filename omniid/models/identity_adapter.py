@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ from omniid.kernels.add_identity_attention import add_identity_attention as add_
 from omniid.kernels.add_identity_attention import add_identity_attention_ as add_one_identity_
 from omniid.kernels.dense_attention import dense_attention
 from omniid.models.flux import FluxLayout, attention_modules, layout_of
+from omniid.models.hub_model import CARD, HubModel
+
+if TYPE_CHECKING:
+    from omniid.identity import Identity
 
 FORMAT_VERSION = 1
 
@@ -69,8 +74,12 @@ class IdentityUse:
         return self.scale * factor
 
 
-class IdentityAdapter(nn.Module):
+class IdentityAdapter(
+    nn.Module, HubModel, library_name="omniid", tags=["face", "identity", "flux"], model_card_template=CARD
+):
     """Projections of identity tokens to keys and values, one pair for each block of a FLUX transformer."""
+
+    WEIGHTS_FILE = "adapter.safetensors"
 
     def __init__(self, width: int, num_blocks: int, num_heads: int, head_dim: int):
         super().__init__()
@@ -165,6 +174,49 @@ class IdentityAdapter(nn.Module):
             raise AdapterError(f"{path} lacks weights that its sizes call for; copy or train it again") from error
         adapter.encoder_fingerprint = sizes["encoder"]
         return adapter.to(device=device, dtype=dtype)
+
+    @classmethod
+    def _from_files(cls, weights: Path, folder: Path) -> "IdentityAdapter":
+        return cls.load(weights)
+
+    @contextlib.contextmanager
+    def drawing(
+        self,
+        pipeline,
+        identities: "Identity | Sequence[Identity]",
+        scale: float | Tensor | Sequence[float | Tensor] = 1.0,
+        guidance: float = 1.0,
+        one_each: bool = False,
+    ) -> Iterator["AttachedIdentities"]:
+        """Within it, any FLUX pipeline of diffusers draws the given people; no other code has to change.
+
+        identities: one person, or several, each added with its own `scale` (a number or a map with one value per image
+        token). one_each: instead, picture i of a batch shows identity i; the call then has as many prompts as identities,
+        and one picture for each. guidance: as of `attach_identities`. Raises AdapterError for a base that this adapter was
+        not made for, IdentityFileError for identities of another encoder.
+        """
+        from omniid.identity import Identity
+
+        self.check_base(pipeline.transformer)
+        people = [identities] if isinstance(identities, Identity) else list(identities)
+        for person in people:
+            person.check_encoder(self.encoder_fingerprint)
+        weight = self.to_k_id[0].weight
+        with torch.no_grad():
+            kv = self.project(torch.stack([person.tokens for person in people]).to(weight.device, weight.dtype))
+        kv = kv.to(pipeline._execution_device, pipeline.transformer.dtype)
+        if one_each:
+            uses = [IdentityUse(kv, scale)]
+        else:
+            scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(people)
+            if len(scales) != len(people):
+                raise ValueError(f"{len(scales)} scales for {len(people)} identities; give one for each")
+            uses = [
+                IdentityUse(IdentityKV(keys.unsqueeze(1), values.unsqueeze(1)), one)
+                for keys, values, one in zip(kv.keys.unbind(1), kv.values.unbind(1), scales, strict=True)
+            ]
+        with attach_identities(pipeline.transformer, uses, guidance=guidance) as attached:
+            yield attached
 
 
 def add_identity_attention(
