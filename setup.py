@@ -64,8 +64,9 @@ EXTRAS = {
     "faces": ["uniface>=1.0", "onnxruntime>=1.23", "ai-edge-litert>=1.4; platform_system == 'Linux'"],
     "video": ["av>=14", "scenedetect>=0.6"],
     "track": ["wandb>=0.20", "trackio>=0.5"],
+    "watermark": ["invisible-watermark>=0.2"],
     "app": ["gradio>=5"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12"],
+    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12", "invisible-watermark>=0.2"],
 }
 
 setup(

@@ -1,11 +1,11 @@
-"""The adapter beside what people use with diffusers: three lines of plain code, compilation, offload, tiling, LoRAs, schedulers."""
+"""The adapter beside what people use with diffusers: plain code, compilation, offload, tiling, LoRAs, schedulers."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from omniid.errors import OmniIDError
 from omniid.generate import GenerateError, Generator, load_generator
@@ -71,13 +71,14 @@ def velocity_arguments(pipe):
     return torch.randn(1, 16, 4, 4, generator=random), torch.tensor([0.5]), text, torch.tensor([3.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["whole", "in place", "blocks"])
 def test_compiled_transformers_draw_the_same(pipe, adapter, make_person, velocity_arguments, way):
     def outputs(transformer) -> list[torch.Tensor]:
         # Several strengths and none: what a schedule does between steps.
         results = []
         with torch.no_grad(), adapter.drawing(pipe, make_person(0), guidance=2.0) as attached:
-            for strength in (1.0, 0.5, 0.25, 0.0):
+            for strength in (1.0, 0.5, 0.0):
                 attached.uses[0].strength = strength
                 results.append(predict_velocity(transformer, *velocity_arguments))
         with torch.no_grad():
@@ -87,14 +88,14 @@ def test_compiled_transformers_draw_the_same(pipe, adapter, make_person, velocit
     eager = outputs(pipe.transformer)
     torch.compiler.reset()
     if way == "whole":
-        pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager")
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     elif way == "in place":
-        pipe.transformer.compile(backend="aot_eager")
+        pipe.transformer.compile(backend="eager")
     else:
-        pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
     for ours, expected in zip(outputs(pipe.transformer), eager, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-    assert not torch.equal(eager[0], eager[1]) and torch.equal(eager[3], eager[4])
+    assert not torch.equal(eager[0], eager[1]) and torch.equal(eager[2], eager[3])
     torch.compiler.reset()
 
 
@@ -142,13 +143,13 @@ def lora(pipe, tmp_path):
 
 
 def test_loras_stack_and_have_weights(drawing_weights, generator, make_person, lora):
-    def drawn(*loras, who=make_person(0)):
-        return pixels(load_generator(drawing_weights, loras=loras).generate(who, "photo"))
+    def drawn(*loras, who=0):
+        return pixels(load_generator(drawing_weights, loras=loras).generate(make_person(who), "photo"))
 
     plain = pixels(generator.generate(make_person(0), "photo"))
     assert (drawn((lora, 0.0)) == plain).all()
     assert (drawn((lora, 1.0)) != plain).any()
-    assert (drawn((lora, 1.0)) != drawn((lora, 1.0), who=make_person(1))).any()
+    assert (drawn((lora, 1.0)) != drawn((lora, 1.0), who=1)).any()
     assert np.abs(drawn((lora, 0.5), (lora, 0.5)) - drawn((lora, 1.0))).max() <= 1
 
 
@@ -160,16 +161,27 @@ def test_loras_that_do_not_fit(drawing_weights, tmp_path):
         load_generator(drawing_weights, loras=[(str(tmp_path / "lora.safetensors"), 1.0)])
 
 
-@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
-def test_other_schedulers_keep_the_schedule_of_the_identity(pipe, adapter, generator, make_person, scheduler):
-    pipe.scheduler = scheduler()
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(**FLOW),
+        DPMSolverMultistepScheduler(**FLOW, algorithm_type="dpmsolver++"),
+    ],
+    ids=["euler", "unipc", "dpmsolver"],
+)
+def test_other_schedulers_draw_too(pipe, adapter, generator, make_person, scheduler):
+    pipe.scheduler = scheduler
     drawer = Generator(pipe, adapter, generator.defaults)
-    settings = {"num_inference_steps": 4} | ({"id_end": 0.5} if scheduler is FlowMatchEulerDiscreteScheduler else {})
-    assert (pixels(drawer.generate(make_person(0), "photo", **settings)) != draw(pipe, num_inference_steps=4)).any()
-    assert (
-        pixels(drawer.generate(make_person(0), "photo", num_inference_steps=4, id_scale=0.0))
-        == draw(pipe, num_inference_steps=4)
-    ).all()
+    plain = draw(pipe, num_inference_steps=4)
+    drawn = [
+        pixels(drawer.generate(make_person(0), "photo", num_inference_steps=4, **settings))
+        for settings in ({}, {"id_end": 0.5}, {"id_scale": 0.0})
+    ]
+    assert (drawn[0] != drawn[1]).any() and (drawn[1] != plain).any() and (drawn[2] == plain).all()
 
 
 def test_four_bit_weights_draw(drawing_weights, adapter, generator, make_person):
@@ -222,9 +234,9 @@ def test_a_transformer_with_another_adapter_is_refused(pipe, adapter, make_perso
 def test_every_form_of_the_attention_agrees(
     pipe, adapter, make_person, velocity_arguments, monkeypatch, implementation, dtype
 ):
-    from omniid.kernels._native_library import obstacle
+    from omniid.kernels._native_library import library
 
-    if implementation == "native" and obstacle() is not None:
+    if implementation == "native" and library() is None:
         pytest.skip("the native library is not built")
     transformer = pipe.transformer.to(dtype)
     latents, time, text, guidance = velocity_arguments
