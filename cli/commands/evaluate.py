@@ -48,7 +48,8 @@ def regions_line(scores: dict) -> str:
     """The scores of `--regions` for the terminal."""
     return (
         f"faces nearer to the person of their region than to the other: {scores['right_halves']:.3f}; both of a picture: "
-        f"{scores['right_pairs']:.3f} ({scores['num_pairs']} pairs, {scores['num_samples']} pictures each)"
+        f"{scores['right_pairs']:.3f}; of people drawn alone: {scores['right_alone']:.3f} "
+        f"({scores['num_pairs']} pairs, {scores['num_samples']} pictures each)"
     )
 
 

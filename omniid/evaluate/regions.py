@@ -27,7 +27,8 @@ def region_scores(
 
     A half is right when its faces are nearer to the photos of its own person than to those of the other one, by the mean
     Euclidean distance of descriptors. Both halves have the positions of a picture of their own: a base trained on single
-    faces draws no second one beside the first. The joint attention of all tokens stays whole, so traits can leak.
+    faces draws no second one beside the first. The joint attention of all tokens stays whole, so traits can leak: as a
+    ceiling, `right_alone` is the same share where every person has a picture alone.
     """
     from omniid.evaluate.run import encode_people, identities_of
     from omniid.faces import analyzer
@@ -40,7 +41,7 @@ def region_scores(
     people = unseen_people(2 * num_pairs, NUM_INPUTS, NUM_PHOTOS, preset.tower.image_size)
     identities = identities_of(encoder, encode_people(encoder, people, NUM_INPUTS), NUM_INPUTS)
     generator, recogniser = load_generator(folder), analyzer("offline")
-    halves = []  # of each pair: left faces, then right faces
+    halves, singles = [], []  # of each pair: left faces, then right faces
     with _positions_of_halves(generator.pipeline.transformer, size // PIXELS_PER_TOKEN):
         for pair in range(num_pairs):
             pictures = generator.generate(
@@ -55,13 +56,22 @@ def region_scores(
             pixels = np.stack([np.asarray(picture) for picture in pictures])
             halves += [*pixels[:, :, :size], *pixels[:, :, size:]]
             say(f"pair {pair + 1} of {num_pairs}")
-    faces = recogniser.descriptors(halves).reshape(num_pairs, 2, num_samples, -1)
+    for index, identity in enumerate(identities):
+        singles += map(
+            np.asarray,
+            generator.generate(
+                identity, preset.base.prompt, seed=SEED + num_samples * (index // 2), num_images=num_samples
+            ),
+        )
+    say("comparing faces")
+    faces, alone = (recogniser.descriptors(some).reshape(num_pairs, 2, num_samples, -1) for some in (halves, singles))
     photos = ((people.targets + 1) * 127.5).round().to(torch.uint8).permute(0, 1, 3, 4, 2).flatten(0, 1).numpy()
     described = recogniser.descriptors(list(photos)).reshape(num_pairs, 2, NUM_PHOTOS, -1)
     is_right = own_is_nearer(faces, described)
     return {
         "right_halves": float(is_right.mean()),
         "right_pairs": float(is_right.all(1).mean()),
+        "right_alone": float(own_is_nearer(alone, described).mean()),
         "num_pairs": num_pairs,
         "num_samples": num_samples,
         "seed": SEED,

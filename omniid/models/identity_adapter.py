@@ -66,9 +66,9 @@ class IdentityUse:
     strength: float = 1.0
     """Factor on s that a schedule sets between steps: 0 leaves this identity out."""
 
-    def scale_of(self, block: int, factor: float = 1.0) -> float | Tensor | None:
+    def scale_of(self, block: int) -> float | Tensor | None:
         """s in that block now; None where the identity does not act there."""
-        factor = factor * self.strength * (1.0 if self.block_scales is None else self.block_scales[block])
+        factor = self.strength * (1.0 if self.block_scales is None else self.block_scales[block])
         if factor == 0 or (not isinstance(self.scale, Tensor) and self.scale == 0):
             return None
         return self.scale * factor
@@ -237,7 +237,7 @@ def _for_all(keys: Tensor, values: Tensor, query: Tensor) -> tuple[Tensor, Tenso
 
 
 class AttachedIdentities:
-    """The identities that the processors of one transformer add now; strengths may change from step to step."""
+    """The identities that the processors of one transformer add now; their strengths may change from step to step."""
 
     def __init__(
         self,
@@ -251,8 +251,6 @@ class AttachedIdentities:
             if use.block_scales is not None and len(use.block_scales) != num_blocks:
                 raise ValueError(f"{len(use.block_scales)} block scales for a transformer of {num_blocks} blocks")
         self.uses, self.negative, self.for_training, self.guidance = list(uses), list(negative), for_training, guidance
-        self.strength = 1.0
-        """Factor on all scales: 0 skips the identities altogether."""
         self.is_guide_pass = False
         self.num_image_tokens = 0
         self.of_block: list[list[tuple[Tensor, Tensor, float | Tensor]]] = [[] for _ in range(num_blocks)]
@@ -271,7 +269,7 @@ class AttachedIdentities:
             now[:] = [
                 (use.kv.keys[block], use.kv.values[block], scale)
                 for use in acting
-                if (scale := use.scale_of(block, self.strength)) is not None
+                if (scale := use.scale_of(block)) is not None
             ]
 
 
