@@ -172,6 +172,23 @@ def controlled_weights(drawing_weights: Path, tmp_path_factory: pytest.TempPathF
     return folder
 
 
+@pytest.fixture(scope="session")
+def lora_file(drawing_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A LoRA for the queries of all blocks of `drawing_weights`, in diffusers' form."""
+    from diffusers import FluxPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from omniid.models.flux import load_base
+
+    transformer, folder = load_base(drawing_weights / "base").transformer, tmp_path_factory.mktemp("lora")
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"]))
+    state = get_peft_model_state_dict(transformer)
+    randomise(state.values(), seed=4)
+    FluxPipeline.save_lora_weights(folder, state)
+    return str(folder / "pytorch_lora_weights.safetensors")
+
+
 @torch.no_grad()
 def randomise(parameters: Iterable[torch.Tensor], seed: int) -> None:
     """Small random values: where training starts parts at zero, nothing could be seen of them."""

@@ -89,10 +89,10 @@ def load_base(path: str | Path, dtype: torch.dtype = torch.float32, **options):
 
     options: more for `from_pretrained`, such as quantization_config. Raises OmniIDError when it cannot be loaded.
     """
-    from diffusers import FluxPipeline
-
     try:
         with _quiet_loading():
+            from diffusers import FluxPipeline  # which tells what packages it would like
+
             pipeline = FluxPipeline.from_pretrained(str(path), dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -109,13 +109,14 @@ def base_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
 
     Raises OmniIDError for a base whose sizes are not known: neither FLUX.1-dev, nor in [base.sizes], nor a local folder.
     """
-    import diffusers
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    with _quiet_loading():
+        import diffusers
+        from diffusers import AutoencoderKL, FluxTransformer2DModel
 
-    from omniid.models.mini_base import build_autoencoder, build_transformer
+        from omniid.models.mini_base import build_autoencoder, build_transformer
 
     folder = Path(config.path)
-    with torch.device("meta"):
+    with _quiet_loading(), torch.device("meta"):
         if config.path == "black-forest-labs/FLUX.1-dev":
             return FluxTransformer2DModel(**FLUX_1_DEV["transformer"]), AutoencoderKL(**FLUX_1_DEV["vae"])
         if config.sizes is not None:
@@ -134,7 +135,8 @@ def text_encoders_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Mod
 
     Raises OmniIDError where `base_without_weights` does, but for sizes in [base.sizes].
     """
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    with _quiet_loading():
+        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     folder = Path(config.path)
     if config.path == "black-forest-labs/FLUX.1-dev":

@@ -214,6 +214,18 @@ def test_pictures_to_start_from(draw, tmp_path):
     assert details["image"] == "start.png"
 
 
+def test_parts_can_be_named_and_are_recorded(draw, drawing_weights, lora_file):
+    plain, _ = draw()
+    parts = ("--base", drawing_weights / "base", "--adapter", drawing_weights / "adapter.safetensors")
+    same, details = draw(*parts)
+    assert (same == plain).all() and details["base"] == str(drawing_weights / "base")
+    assert (draw("--guidance", 1)[0] != plain).any()
+    with_lora, details = draw("--lora", f"{lora_file}=0.5")
+    assert (with_lora != plain).any() and details["loras"] == [[lora_file, 0.5]]
+    assert (draw("--lora", lora_file)[0] != with_lora).any()
+    assert draw("--precision", "fp32", "--offload", "none")[1]["precision"] == "fp32"
+
+
 def test_a_picture_is_repeated_from_its_metadata(draw, drawing_weights, identity, other, tmp_path):
     first, details = draw(
         "--seed", 5, "--id-scale", "1,0.5", "--id-end", 0.9, "--negative", "person", "--size", "48x32"

@@ -1,7 +1,5 @@
 """The adapter beside what people use with diffusers: plain code, compilation, offload, tiling, LoRAs, schedulers."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -128,29 +126,15 @@ def test_tiled_decoding_draws_the_same_person(pipe, adapter, make_person):
     assert latents.shape == (1, 4, 64) and np.abs(whole - tiled).max() <= 1  # one tile holds it
 
 
-@pytest.fixture
-def lora(pipe, tmp_path):
-    """A file with a LoRA for the queries of all blocks."""
-    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    transformer = copy.deepcopy(pipe.transformer)
-    transformer.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"], init_lora_weights=False))
-    torch.manual_seed(0)
-    FluxPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(transformer))
-    return str(tmp_path / "pytorch_lora_weights.safetensors")
-
-
-def test_loras_stack_and_have_weights(drawing_weights, generator, make_person, lora):
+def test_loras_stack_and_have_weights(drawing_weights, generator, make_person, lora_file):
     def drawn(*loras, who=0):
         return pixels(load_generator(drawing_weights, loras=loras).generate(make_person(who), "photo"))
 
     plain = pixels(generator.generate(make_person(0), "photo"))
-    assert (drawn((lora, 0.0)) == plain).all()
-    assert (drawn((lora, 1.0)) != plain).any()
-    assert (drawn((lora, 1.0)) != drawn((lora, 1.0), who=1)).any()
-    assert np.abs(drawn((lora, 0.5), (lora, 0.5)) - drawn((lora, 1.0))).max() <= 1
+    assert (drawn((lora_file, 0.0)) == plain).all()
+    assert (drawn((lora_file, 1.0)) != plain).any()
+    assert (drawn((lora_file, 1.0)) != drawn((lora_file, 1.0), who=1)).any()
+    assert np.abs(drawn((lora_file, 0.5), (lora_file, 0.5)) - drawn((lora_file, 1.0))).max() <= 1
 
 
 def test_loras_that_do_not_fit(drawing_weights, tmp_path):
