@@ -129,6 +129,7 @@ def generate(ctx: click.Context, output: Path, source: Path | None, plan: bool, 
     from omniid.picture_file import read_details
 
     details = read_details(source) if source else {}
+    _check_named_weights(ctx, details)
     written = run(
         _request(ctx, options, details),
         Sources(
@@ -205,6 +206,21 @@ def _merged(ctx: click.Context, options: dict, details: dict, names: list[str]) 
 
     values = {name: options[name] if is_given(name) or name not in details else details[name] for name in names}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _check_named_weights(ctx: click.Context, details: dict) -> None:
+    """A picture that somebody sent must not make this machine fetch weights from anywhere: they are named again."""
+    named = {name: details.get(name) for name in ("base", "adapter", "controlnet")}
+    named["loras"] = [one[0] for one in details.get("loras", [])] or None
+    for name, values in named.items():
+        if values is None or ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            continue
+        for value in values if isinstance(values, list) else [values]:
+            if not Path(str(value)).exists():
+                option = {"loras": "lora"}.get(name, name)
+                raise click.UsageError(
+                    f"the picture was made with --{option} {value}, which is not here; name it again", ctx
+                )
 
 
 def _plan(preset: str, base: str | None, size: tuple[int, int] | None, as_json: bool) -> str:

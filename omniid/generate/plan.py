@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from omniid.config import load_preset
+from omniid.errors import OmniIDError
+from omniid.generate.errors import GenerateError
 from omniid.generate.peak_memory import peak_bytes
 from omniid.models.flux import (
     TextEmbedding,
@@ -93,13 +95,18 @@ def plan_generation(
 ) -> GenerationPlan:
     """The plan of a base, a folder or a hub name, drawing one picture of `size` x `size` pixels with one identity.
 
-    num_tokens, width: of the identity's code, by default the paper's 256 x 1280. Raises OmniIDError for a base whose sizes
+    num_tokens, width: of the identity's code, by default the paper's 256 x 1280. Raises GenerateError for a base whose sizes
     are not known without its files.
     """
     paper = load_preset("paper")
     config = dataclasses.replace(paper.base, path=str(base), sizes=None)
-    transformer, vae = base_without_weights(config)
-    clip, t5, text_length = text_encoders_without_weights(config)
+    try:
+        transformer, vae = base_without_weights(config)
+        clip, t5, text_length = text_encoders_without_weights(config)
+    except OmniIDError as error:
+        raise GenerateError(
+            f"the sizes of the base {str(base)!r} are not known without its files; fetch it and name its folder with --base"
+        ) from error
     num_tokens, width = num_tokens or paper.encoder.num_queries, width or paper.encoder.width
     with torch.device("meta"):
         adapter = IdentityAdapter.for_transformer(transformer, width)

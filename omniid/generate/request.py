@@ -1,6 +1,7 @@
 """What `omniid generate` is asked for, as plain values: what the metadata of a picture keep, and what repeats it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,13 @@ class Request:
     """In pixels of the picture."""
     landmark_scale: float = 1.0
     image_strength: float = 0.6
+
+    def __post_init__(self) -> None:
+        """Raises GenerateError for values of wrong types: a picture's metadata may hold anything."""
+        for name, fits in _FITS.items():
+            value = getattr(self, name)
+            if not (fits(value) or (value is None and name in _MAY_BE_NONE)):
+                raise GenerateError(f"{name} cannot be {str(value)[:60]!r}")
 
     def completed(self, generator: Generator, landmark_file: str | Path | None, backend: str) -> "Request":
         """With the preset's values where none are given, and with landmarks in numbers.
@@ -112,11 +120,51 @@ class Request:
     def from_details(cls, details: dict) -> "Request":
         """The request of a picture from its metadata. Raises GenerateError for metadata that this version cannot repeat."""
         names = {field.name for field in fields(cls)}
-        try:
-            values = {name: _frozen(value) for name, value in details.items() if name in names}
-            return cls(**values)
-        except TypeError as error:
-            raise GenerateError(f"the picture's metadata lack what repeats it ({error})") from error
+        if details.get("prompt") is None:
+            raise GenerateError("the picture's metadata hold no prompt; give one with --prompt")
+        return cls(**{name: _frozen(value) for name, value in details.items() if name in names})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _tuple_of(fits: Callable[[object], bool], length: int | None = None) -> Callable[[object], bool]:
+    def fits_all(value: object) -> bool:
+        return isinstance(value, tuple) and length in (None, len(value)) and all(map(fits, value))
+
+    return fits_all
+
+
+_FITS = {
+    "prompt": _is_text,
+    "seed": _is_count,
+    "width": _is_count,
+    "height": _is_count,
+    "num_inference_steps": _is_count,
+    "id_scale": _tuple_of(_tuple_of(_is_number)),
+    "id_blocks": _is_text,
+    "regions": _tuple_of(_is_text),
+    "negative_prompt": _is_text,
+    "pose": _tuple_of(_is_number, 3),
+    "landmarks": _tuple_of(_tuple_of(_is_number, 2)),
+    **dict.fromkeys(
+        ("guidance_scale", "id_start", "id_end", "id_guidance", "region_softness", "negative_scale", "landmark_scale",
+         "image_strength"),
+        _is_number,
+    ),
+}  # fmt: skip
+_MAY_BE_NONE = {
+    "width", "height", "num_inference_steps", "guidance_scale", "id_guidance", "negative_prompt", "pose", "landmarks",
+}  # fmt: skip
 
 
 def _frozen(value: object) -> object:

@@ -21,6 +21,7 @@ PIXELS_PER_TOKEN = 16
 """Side of the square of pixels that one image token stands for: 8x from the autoencoder, 2x from packing."""
 
 
+FLUX_1_DEV_NAME = "black-forest-labs/FLUX.1-dev"
 FLUX_1_DEV = {
     "transformer": {
         "in_channels": 64,
@@ -117,7 +118,7 @@ def base_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
 
     folder = Path(config.path)
     with _quiet_loading(), torch.device("meta"):
-        if config.path == "black-forest-labs/FLUX.1-dev":
+        if config.path == FLUX_1_DEV_NAME:
             return FluxTransformer2DModel(**FLUX_1_DEV["transformer"]), AutoencoderKL(**FLUX_1_DEV["vae"])
         if config.sizes is not None:
             return build_transformer(config.sizes), build_autoencoder(config.sizes)
@@ -139,7 +140,7 @@ def text_encoders_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Mod
         from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     folder = Path(config.path)
-    if config.path == "black-forest-labs/FLUX.1-dev":
+    if config.path == FLUX_1_DEV_NAME:
         configs = CLIPTextConfig(**FLUX_1_DEV["text_encoder"]), T5Config(**FLUX_1_DEV["text_encoder_2"])
     elif (folder / "model_index.json").is_file():
         configs = (

@@ -13,7 +13,7 @@ from omniid.cli.main import main
 from omniid.data.synthetic import template_landmarks
 from omniid.generate.watermark import is_marked
 from omniid.identity import Identity
-from omniid.picture_file import read_details
+from omniid.picture_file import read_details, save_picture
 
 
 @pytest.fixture
@@ -245,6 +245,27 @@ def test_a_picture_is_repeated_from_its_metadata(draw, drawing_weights, identity
         and "made with 1 identities" in result.stderr
         and "name as many with --id" in result.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("details", "code", "words"),
+    [
+        ({}, 1, "hold no prompt; give one with --prompt"),
+        ({"prompt": "photo", "width": "wide"}, 1, "width cannot be 'wide'"),
+        ({"prompt": "photo", "id_scale": 1}, 1, "id_scale cannot be '1'"),
+        ({"prompt": "photo", "landmarks": [[1, 2, 3]]}, 1, "landmarks cannot be"),
+        ({"prompt": "photo", "preset": "nowhere"}, 1, "no trained weights for 'nowhere'"),
+        ({"prompt": "photo", "base": "somebody/else"}, 2, "--base somebody/else, which is not here; name it again"),
+        ({"prompt": "photo", "loras": [["somebody/style", 1.0]]}, 2, "--lora somebody/style, which is not here"),
+        ({"prompt": "photo", "identities": ["a" * 64]}, 1, "made with 1 identities (aaaaaaaaaaaa)"),
+        ({"prompt": "photo", "image": "start.png"}, 1, "made with --image start.png, which is not in it"),
+        ({"prompt": "photo", "grid": ["seed=1,2"]}, 1, "a grid is not repeated"),
+    ],
+)
+def test_metadata_of_anyone_cannot_do_harm(tmp_path, details, code, words):
+    save_picture(Image.new("RGB", (32, 32)), tmp_path / "sent.png", details)
+    result = run("--from", tmp_path / "sent.png", "-o", tmp_path / "out.png")
+    assert result.exit_code == code and words in " ".join(result.output.split()), result.output
 
 
 def test_landmarks_and_poses_are_repeated(draw, controlled_weights, identity, tmp_path):

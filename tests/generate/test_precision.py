@@ -111,3 +111,8 @@ def test_a_folders_plan_counts_its_parts(drawing_weights, generator):
     assert resident["nf4"] < resident["bf16"] and resident["fp8"] < resident["bf16"]
     by_way = [row.bytes for row in plan.rows if row.precision == "bf16"]
     assert by_way == sorted(by_way, reverse=True)
+
+
+def test_bases_of_unknown_sizes_have_no_plan():
+    with pytest.raises(GenerateError, match="the sizes of the base 'somebody/else' are not known without its files"):
+        plan_generation("somebody/else")
