@@ -64,6 +64,7 @@ EXTRAS = {
     "faces": ["uniface>=1.0", "onnxruntime>=1.23", "ai-edge-litert>=1.4; platform_system == 'Linux'"],
     "video": ["av>=14", "scenedetect>=0.6"],
     "track": ["wandb>=0.20", "trackio>=0.5"],
+    "watermark": ["invisible-watermark>=0.2"],
     "app": ["gradio>=5"],
     "dev": [
         "pytest>=8",
@@ -74,6 +75,7 @@ EXTRAS = {
         "onnxscript>=0.5",
         "onnxruntime>=1.23",
         "tensorrt-rtx>=1.5; platform_system == 'Linux'",
+        "invisible-watermark>=0.2",
     ],
 }
 

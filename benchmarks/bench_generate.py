@@ -1,37 +1,123 @@
-"""Generating one mini image at 20 steps, with and without an identity."""
+"""Generating one mini image: the base, with an identity, and other ways to read the same tokens.
 
-from harness import report, time_in_turn
+`without cache` projects the identity's keys and values anew in every step; `unfused` adds to the output out of place;
+`diffusers' own` is the IP-Adapter processor of the installed diffusers (double blocks only, keys and values projected in every
+step). All read the same number of tokens, with random weights: time does not depend on what was learned.
+"""
+
+import copy
+
+import torch
+from harness import command_line, report, time_in_turn
 
 from omniid.config import load_preset
-from omniid.data.synthetic import Person, View, render
 from omniid.generate import GenerateDefaults, Generator
-from omniid.models.encoder import load_encoder
-from omniid.models.flux import load_base
-from omniid.models.identity_adapter import IdentityAdapter
+from omniid.identity import Identity
+from omniid.models import identity_adapter
+from omniid.models.flux import attention_modules, layout_of, load_base
+from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
 from omniid.weights import weights_folder
 
-encoder = load_encoder("mini")
+parser = command_line()
+parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--rounds", type=int, default=7)
+arguments = parser.parse_args()
+
+preset = load_preset("mini")
 pipeline = load_base(weights_folder("mini") / "base")
-# Time does not depend on what an adapter learned, so an untrained one serves.
-adapter = IdentityAdapter.for_transformer(pipeline.transformer, encoder.config.width)
-adapter.encoder_fingerprint = encoder.fingerprint()
-preset = load_preset("mini").base
-defaults = GenerateDefaults(
-    preset.image_size, preset.num_inference_steps, preset.guidance_scale, preset.max_sequence_length
+adapter = IdentityAdapter.for_transformer(pipeline.transformer, preset.encoder.width)
+adapter.encoder_fingerprint = "0" * 64
+generator = Generator(
+    pipeline,
+    adapter,
+    GenerateDefaults(
+        image_size=preset.base.image_size,
+        num_inference_steps=arguments.steps,
+        guidance_scale=preset.base.guidance_scale,
+        id_guidance=1.0,  # one pass a step
+        max_sequence_length=preset.base.max_sequence_length,
+    ),
 )
-generator = Generator(pipeline, adapter, defaults)
-size = encoder.tower_config.image_size
-identity = encoder.encode_crops([render(Person.sample(7), View.sample(seed), size=size).image for seed in range(3)])
+random = torch.Generator().manual_seed(0)
+tokens = torch.randn(preset.encoder.num_queries, preset.encoder.width, generator=random)
+identity = Identity(tokens=tokens, encoder="0" * 64, preset="mini", num_images=1)
+
+
+def plain(**settings):
+    return pipeline(
+        "photo of a person, smiling",
+        height=preset.base.image_size,
+        width=preset.base.image_size,
+        num_inference_steps=arguments.steps,
+        max_sequence_length=preset.base.max_sequence_length,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        **settings,
+    )
+
+
+@torch.inference_mode()
+def uncached():
+    """Keys and values for every step, and a sum that is a new tensor."""
+    use = IdentityUse(adapter.project(tokens.unsqueeze(0)))
+
+    def project(module, args, kwargs):
+        use.kv = adapter.project(tokens.unsqueeze(0))
+
+    hook = pipeline.transformer.register_forward_pre_hook(project, with_kwargs=True)
+    in_place = identity_adapter.add_one_identity_
+    identity_adapter.add_one_identity_ = lambda out, *rest: out.copy_(identity_adapter.add_one_identity(out, *rest))
+    try:
+        with attach_identities(pipeline.transformer, [use]):
+            return plain()
+    finally:
+        identity_adapter.add_one_identity_ = in_place
+        hook.remove()
+
+
+def diffusers_own():
+    """A pipeline like the others', with random IP-Adapter layers in its double blocks."""
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    own = copy.deepcopy(pipeline.transformer)
+    layout = layout_of(own)
+    inner = layout.num_heads * layout.head_dim
+    for attention in attention_modules(own)[: layout.num_double_blocks]:
+        attention.set_processor(FluxIPAdapterAttnProcessor(inner, preset.encoder.width, num_tokens=(len(tokens),)))
+    own.encoder_hid_proj = None
+    embeds = {"ip_hidden_states": [tokens.unsqueeze(0)]}
+
+    @torch.inference_mode()
+    def draw():
+        before, pipeline.transformer = pipeline.transformer, own
+        try:
+            return plain(joint_attention_kwargs=embeds)
+        finally:
+            pipeline.transformer = before
+
+    return draw
 
 
 def draw(who):
-    return lambda: generator.generate(who, "photo of a person, smiling", seed=0, num_inference_steps=20)
+    return lambda: generator.generate(who, "photo of a person, smiling", seed=0)
 
 
-times = time_in_turn({"base alone": draw(None), "with identity": draw(identity)}, rounds=7, warmup=1)
+cases = {
+    "base alone": draw(None),
+    "with identity": draw(identity),
+    "with identity, unfused, without cache": uncached,
+    "diffusers' own, double blocks only": diffusers_own(),
+}
+times = time_in_turn(cases, rounds=arguments.rounds, warmup=1)
 base = times["base alone"]["median_ms"]
+layout = layout_of(pipeline.transformer)
 report(
     "generate",
-    [{"case": name, **t, "of base": t["median_ms"] / base} for name, t in times.items()],
-    "Target of the first release: at most 6 s on 2 cores.",
+    [
+        {"case": name, **t, "ms a step": t["median_ms"] / arguments.steps, "of base": t["median_ms"] / base}
+        for name, t in times.items()
+    ],
+    f"{arguments.steps} steps at {preset.base.image_size} px, {len(tokens)} tokens, {layout.num_double_blocks} double and "
+    f"{layout.num_single_blocks} single blocks, one pass a step. Target of the first release: at most 6 s on 2 cores.",
+    parser,
 )

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
+from omniid.contact_sheet import contact_sheet
 from omniid.evaluate.people import unseen_people
 from omniid.evaluate.run import encode_people, evaluate, identities_of, load_decoder
 from omniid.files import atomic_path
@@ -23,7 +24,6 @@ PROMPTS = (
     "photo of a person, smiling",
     "photo of a person, looking to the left, blue background",
 )
-MARGIN, LABEL_HEIGHT = 6, 44
 
 
 def run_demo(folder: str | Path, weights: str | Path = "mini", say: Callable[[str], None] = lambda text: None) -> dict:
@@ -64,40 +64,6 @@ def run_demo(folder: str | Path, weights: str | Path = "mini", say: Callable[[st
     with atomic_path(folder / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return metrics
-
-
-def contact_sheet(columns: dict[str, list[Image.Image]], row_labels: list[str]) -> Image.Image:
-    """A labelled grid: one column per key, one row per picture."""
-    width, height = next(iter(columns.values()))[0].size
-    sheet = Image.new(
-        "RGB",
-        (
-            len(columns) * (width + MARGIN) + MARGIN,
-            len(row_labels) * (height + LABEL_HEIGHT // 2) + LABEL_HEIGHT + MARGIN,
-        ),
-        "white",
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, (label, pictures) in enumerate(columns.items()):
-        x = MARGIN + column * (width + MARGIN)
-        draw.multiline_text((x, 2), _wrapped(draw, label, width), fill="black", spacing=1)
-        for row, picture in enumerate(pictures):
-            y = LABEL_HEIGHT + row * (height + LABEL_HEIGHT // 2)
-            sheet.paste(picture.resize((width, height)), (x, y))
-            if column == 0:
-                draw.text((x, y + height + 1), row_labels[row], fill="grey")
-    return sheet
-
-
-def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(lines)
 
 
 def _pictures(images: Tensor) -> list[Image.Image]:

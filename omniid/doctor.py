@@ -22,6 +22,7 @@ EXTRAS = {
     "faces": "a production face backend: better detection, measured pose and quality",
     "video": "curation of videos",
     "track": "training scalars in Weights & Biases or Trackio",
+    "watermark": "an invisible mark in generated pictures",
     "app": "a page in the browser",
     "dev": "tests and lint",
 }

@@ -7,6 +7,7 @@ apart by their first bytes, so a renamed file still works.
 Letters: L rows (learnable queries of the encoder), C columns (its width).
 """
 
+import hashlib
 import io
 import json
 import math
@@ -119,6 +120,11 @@ class Identity:
     def shape(self) -> tuple[int, int]:
         """(L, C)."""
         return tuple(self.tokens.shape)
+
+    def fingerprint(self) -> str:
+        """sha256 over the encoder's fingerprint and the tokens in bfloat16: the same for both file formats and types."""
+        tokens = self.tokens.to(torch.bfloat16).contiguous().view(torch.int16)
+        return hashlib.sha256(self.encoder.encode() + tokens.numpy().tobytes()).hexdigest()
 
     def check_encoder(self, fingerprint: str) -> None:
         """Raises IdentityFileError unless the encoder with this fingerprint made the code."""

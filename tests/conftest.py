@@ -2,7 +2,10 @@
 
 import io
 import os
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -11,6 +14,9 @@ from PIL import Image
 
 from omniid.config import Preset, load_preset
 from omniid.faces.landmarks import NUM_LANDMARKS
+
+if TYPE_CHECKING:
+    from omniid.identity import Identity
 
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported, by the first test that picks it: its kernels then run on CPU tensors.
@@ -127,3 +133,77 @@ def tiny_weights(tiny: Preset, tmp_path_factory: pytest.TempPathFactory) -> Path
     AutoencoderStage(tiny).export(folder)
     FlowStage(tiny, folder).export(folder)
     return folder
+
+
+DRAWING_ENCODER = "f" * 64
+"""Fingerprint of the encoder whose identities the adapter of `drawing_weights` reads."""
+
+
+@pytest.fixture(scope="session")
+def drawing_weights(tiny: Preset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights folder of random tiny models, base and identity adapter, in which every part changes the picture."""
+    from omniid.config import preset_to_toml
+    from omniid.models.identity_adapter import IdentityAdapter
+    from omniid.models.mini_base import build_base
+    from omniid.train.base import save_base
+
+    folder = tmp_path_factory.mktemp("drawing")
+    pipeline = build_base(tiny.base.sizes, tiny.base.max_sequence_length, ["photo", "of", "a", "person"], seed=0)
+    adapter = IdentityAdapter.for_transformer(pipeline.transformer, tiny.encoder.width)
+    adapter.encoder_fingerprint = DRAWING_ENCODER
+    randomise([*pipeline.transformer.parameters(), *(to_v.weight for to_v in adapter.to_v_id)], seed=0)
+    save_base(pipeline, folder / "base")
+    adapter.save(folder / "adapter.safetensors")
+    (folder / "preset.toml").write_text(preset_to_toml(tiny))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def controlled_weights(drawing_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`drawing_weights` with a random landmark ControlNet."""
+    from omniid.models.flux import load_base
+    from omniid.models.landmark_controlnet import build_landmark_controlnet, save_landmark_controlnet
+
+    folder = tmp_path_factory.mktemp("controlled") / "weights"
+    shutil.copytree(drawing_weights, folder)
+    controlnet = build_landmark_controlnet(load_base(folder / "base").transformer, 1, 1)
+    randomise(controlnet.parameters(), seed=3)
+    save_landmark_controlnet(controlnet, folder / "controlnet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lora_file(drawing_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A LoRA for the queries of all blocks of `drawing_weights`, in diffusers' form."""
+    from diffusers import FluxPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from omniid.models.flux import load_base
+
+    transformer, folder = load_base(drawing_weights / "base").transformer, tmp_path_factory.mktemp("lora")
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"]))
+    state = get_peft_model_state_dict(transformer)
+    randomise(state.values(), seed=4)
+    FluxPipeline.save_lora_weights(folder, state)
+    return str(folder / "pytorch_lora_weights.safetensors")
+
+
+@torch.no_grad()
+def randomise(parameters: Iterable[torch.Tensor], seed: int) -> None:
+    """Small random values: where training starts parts at zero, nothing could be seen of them."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+
+
+@pytest.fixture(scope="session")
+def make_person() -> Callable[..., "Identity"]:
+    """Makes identities of random people that `drawing_weights` can draw."""
+    from omniid.identity import Identity
+
+    def make(seed: int, encoder: str = DRAWING_ENCODER) -> Identity:
+        tokens = torch.randn(6, 32, generator=torch.Generator().manual_seed(seed))
+        return Identity(tokens=tokens, encoder=encoder, preset="mini", num_images=1)
+
+    return make

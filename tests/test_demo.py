@@ -9,7 +9,8 @@ from PIL import Image
 import omniid.evaluate.run
 from omniid.cli.commands.demo import demo
 from omniid.cli.commands.evaluate import evaluate
-from omniid.demo import NUM_INPUTS, NUM_SHOWN, PROMPTS, contact_sheet
+from omniid.contact_sheet import contact_sheet
+from omniid.demo import NUM_INPUTS, NUM_SHOWN, PROMPTS
 
 
 @pytest.fixture(autouse=True)

@@ -20,13 +20,37 @@ import click
     type=click.Path(exists=True, file_okay=False),
     help="Folder with <id>_neutral.jpg and <id>_smiling.jpg of real people.",
 )
+@click.option(
+    "--regions",
+    "num_pairs",
+    type=click.IntRange(min=1),
+    help="Only this: whether that many pairs of people stay apart in one picture.",
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures of each pair of --regions."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
-def evaluate(weights: str, real_folder: str | None, as_json: bool) -> None:
+def evaluate(weights: str, real_folder: str | None, num_pairs: int | None, samples: int, as_json: bool) -> None:
     """Score weights on people no training saw, e.g. omniid evaluate --real photos/."""
+    if num_pairs is not None:
+        from omniid.evaluate.regions import region_scores
+
+        scores = region_scores(weights, num_pairs, samples, say=lambda text: click.echo(text, err=True))
+        click.echo(json.dumps(scores) if as_json else regions_line(scores))
+        return
     from omniid.evaluate.run import evaluate as run
 
     scores = run(weights, real_folder, say=lambda text: click.echo(text, err=True))
     click.echo(json.dumps(scores, indent=1) if as_json else table(scores))
+
+
+def regions_line(scores: dict) -> str:
+    """The scores of `--regions` for the terminal."""
+    return (
+        f"faces nearer to the person of their region than to the other: {scores['right_halves']:.3f}; both of a picture: "
+        f"{scores['right_pairs']:.3f}; of people drawn alone: {scores['right_alone']:.3f} "
+        f"({scores['num_pairs']} pairs, {scores['num_samples']} pictures each)"
+    )
 
 
 def table(scores: dict) -> str:

@@ -1,53 +1,39 @@
-"""`omniid generate`: pictures of a person from an identity file and a prompt."""
+"""`omniid generate`: pictures of people from identity files and a prompt."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
+from omniid.cli.commands._generate_types import Lora, PictureSize, Pose, Strength
 
-class PictureSize(click.ParamType):
-    """WIDTHxHEIGHT in pixels, both multiples of 16."""
-
-    name = "WxH"
-
-    def convert(self, value, param, ctx) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        width, separator, height = value.lower().partition("x")
-        if not separator or not width.isdecimal() or not height.isdecimal():
-            self.fail(f"{value!r} is no size; write it like 512x512", param, ctx)
-        if min(int(width), int(height)) < 16 or int(width) % 16 or int(height) % 16:
-            self.fail(f"width and height must be multiples of 16, got {value}", param, ctx)
-        return int(width), int(height)
-
-
-class Pose(click.ParamType):
-    """YAW,PITCH,ROLL in degrees."""
-
-    name = "yaw,pitch,roll"
-
-    def convert(self, value, param, ctx) -> tuple[float, float, float]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            yaw, pitch, roll = (float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no pose; write three angles in degrees, like 20,-5,0", param, ctx)
-        return yaw, pitch, roll
+_PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option("--id", "identity_path", type=click.Path(path_type=Path), help="Identity file of `omniid encode`.")
-@click.option("--prompt", required=True, help="What the picture shows.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True, help="PNG to write."
-)
+@click.option("--id", "identity_paths", type=_PATH, multiple=True, help="Identity file of `omniid encode`; may repeat.")
+@click.option("--prompt", help="What the picture shows.")
+@click.option("-o", "--output", type=_PATH, default=Path("out.png"), show_default=True, help="PNG to write.")
+@click.option("--from", "source", type=_PATH, help="PNG of this command to repeat; other options change its settings.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Picture i has seed + i.")
-@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps; the preset's if not given.")
-@click.option("--guidance", type=float, help="Guidance scale; the preset's if not given.")
 @click.option(
-    "--id-scale", type=float, default=1.0, show_default=True, help="Strength of the identity; 0 leaves it out."
+    "--steps", "num_inference_steps", type=click.IntRange(min=1), help="Denoising steps; the preset's if not given."
+)
+@click.option("--guidance", "guidance_scale", type=float, help="Guidance scale; the preset's if not given.")
+@click.option("--num-images", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--size", type=PictureSize(), help="Width and height; the preset's if not given.")
+@click.option(
+    "--grid", multiple=True, help="Axis of a labelled grid: seed=0,1,2 scale=0,0.5,1 guidance= steps= or id; up to two."
+)
+@click.option(
+    "--id-scale",
+    type=Strength(),
+    multiple=True,
+    default=("1",),
+    show_default=True,
+    help="Strength of the identity, 0 leaves it out; V1,V2,... are spread over the steps. Once for all --id, or for each.",
 )
 @click.option(
     "--id-guidance",
@@ -58,80 +44,113 @@ class Pose(click.ParamType):
 @click.option(
     "--id-end", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="to this part of the steps."
 )
-@click.option("--num-images", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--size", type=PictureSize(), help="Width and height; the preset's if not given.")
-@click.option("--landmarks", type=click.Path(path_type=Path), help="JSON with 66 points: where the face is to be.")
+@click.option("--id-blocks", default="", help="Factors for blocks: double=1,single=0.5 or FIRST-LAST=0.")
+@click.option(
+    "--negative-id",
+    "negative_identity",
+    type=_PATH,
+    help="Identity to move away from; needs --id-guidance other than 1.",
+)
+@click.option(
+    "--region", "regions", multiple=True, help="Where each --id is: left, right, top, bottom, x0,y0,x1,y1 or mask.png."
+)
+@click.option(
+    "--region-softness",
+    type=click.FloatRange(0, 1),
+    default=0.06,
+    show_default=True,
+    help="Width of soft edges, a share of the shorter side.",
+)
+@click.option("--landmarks", type=_PATH, help="JSON with 66 points, or a photo: where the face is to be.")
+@click.option("--faces", "backend", default="offline", show_default=True, help="What finds the landmarks of a photo.")
 @click.option("--pose", type=Pose(), help="Degrees: yaw > 0 turns to the person's left, pitch > 0 looks up.")
 @click.option("--landmark-scale", type=float, default=1.0, show_default=True, help="Strength of landmarks or pose.")
-@click.option("--negative", help="What the picture must not show (doubles the time).")
+@click.option("--controlnet", help="Folder or hub name of a landmark ControlNet; the one in the weights if not given.")
+@click.option("--negative", "negative_prompt", help="What the picture must not show (doubles the time).")
+@click.option("--negative-scale", type=float, default=2.0, show_default=True, help="How strongly; above 1.")
+@click.option("--image", type=_PATH, help="Picture to start from (image-to-image).")
+@click.option("--mask", type=_PATH, help="Where it may change: white (inpainting).")
+@click.option(
+    "--image-strength",
+    type=float,
+    default=0.6,
+    show_default=True,
+    help="How far it changes: the share of steps that run.",
+)
 @click.option(
     "--preset", default="mini", show_default=True, help="Preset with weights, or a folder of trained weights."
 )
 @click.option("--base", help="Another FluxPipeline folder or hub name.")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Another adapter file.")
+@click.option("--adapter", type=_PATH, help="Another adapter file.")
+@click.option(
+    "--lora", "loras", type=Lora(), multiple=True, help="LoRA file or hub name for the base, with =WEIGHT; may repeat."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "fp8", "nf4"]),
+    default="auto",
+    show_default=True,
+    help="auto: what fits the GPU.",
+)
+@click.option(
+    "--offload",
+    type=click.Choice(["auto", "none", "model", "sequential"]),
+    default="auto",
+    show_default=True,
+    help="What waits in CPU memory.",
+)
+@click.option(
+    "--plan", is_flag=True, help="Print the base's memory in each precision and the cards that hold it; draws nothing."
+)
 @click.option(
     "--metadata/--no-metadata", default=True, show_default=True, help="Write prompt and settings into the PNG."
 )
+@click.option("--watermark/--no-watermark", default=True, show_default=True, help="Invisible mark: made by a model.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-def generate(
-    identity_path, prompt, output, seed, steps, guidance, id_scale, id_guidance, id_start, id_end, num_images, size,
-    landmarks, pose, landmark_scale, negative, preset, base, adapter, metadata, as_json,
-):  # fmt: skip
-    """Draws a person from an identity file and a prompt.
+@click.pass_context
+def generate(ctx: click.Context, output: Path, source: Path | None, plan: bool, as_json: bool, **options) -> None:
+    """Draws people from identity files and a prompt.
 
     \b
     omniid generate --id id.pt --prompt "photo of a person smiling" -o smiling.png
+    omniid generate --id a.pt --region left --id b.pt --region right --size 1024x512 --prompt "photo of two people"
+    omniid generate --from smiling.png --id id.pt --seed 5
 
     Without --id the base model draws by itself. Several images are written as NAME-0.png, NAME-1.png, ... The files are
-    marked as made by an AI model, with --no-metadata too.
+    marked as made by an AI model, with --no-metadata too. Identities, masks and pictures are not in a PNG: name them again
+    with --from.
     """
-    if not prompt.strip():
-        raise click.BadParameter("the prompt is empty; say what the picture shows", param_hint="--prompt")
-    if id_end < id_start:
-        raise click.BadParameter(f"{id_end} lies before --id-start {id_start}", param_hint="--id-end")
-    if landmarks is not None and pose is not None:
-        raise click.UsageError("--landmarks and --pose say the same thing; give one of them")
-    if output.suffix.lower() != ".png":
-        raise click.BadParameter(f"{output} does not end in .png", param_hint="--output")
-    if not output.parent.is_dir():
-        raise click.BadParameter(f"the folder {output.parent} does not exist", param_hint="--output")
+    if plan:
+        click.echo(_plan(options["preset"], options["base"], options["size"], as_json))
+        return
+    _check(ctx, output, source, options)
 
-    from omniid.files import sha256_of_file
-    from omniid.generate import load_generator
-    from omniid.identity import Identity
-    from omniid.picture_file import save_picture
+    from omniid.generate.run import Sources, Weights, run
+    from omniid.picture_file import read_details
 
-    identity = Identity.load(identity_path) if identity_path else None
-    generator = load_generator(preset, base=base, adapter=adapter)
-    width, height = size or (generator.defaults.image_size,) * 2
-    points = _points(landmarks, pose, width, height)
-    settings = {
-        "num_inference_steps": steps or generator.defaults.num_inference_steps,
-        "guidance_scale": generator.defaults.guidance_scale if guidance is None else guidance,
-        "id_scale": id_scale,
-        "id_guidance": generator.defaults.id_guidance if id_guidance is None else id_guidance,
-        "id_start": id_start,
-        "id_end": id_end,
-        "negative_prompt": negative,
-    }
-    if points is not None:
-        settings["landmark_scale"] = landmark_scale
-    images = generator.generate(
-        identity, prompt, seed=seed, num_images=num_images, width=width, height=height, landmarks=points, **settings
+    details = read_details(source) if source else {}
+    _check_named_weights(ctx, details)
+    written = run(
+        _request(ctx, options, details),
+        Sources(
+            identities=options["identity_paths"],
+            negative_identity=options["negative_identity"],
+            image=options["image"],
+            mask=options["mask"],
+            landmarks=options["landmarks"],
+            backend=options["backend"],
+        ),
+        Weights(**_merged(ctx, options, details, [field.name for field in dataclasses.fields(Weights)])),
+        output,
+        num_images=options["num_images"],
+        grid=options["grid"],
+        precision=options["precision"],
+        offload=options["offload"],
+        metadata=options["metadata"],
+        watermark=options["watermark"],
+        repeated=details if source else None,
+        say=lambda text: click.echo(text, err=True),
     )
-    written = []
-    for index, image in enumerate(images):
-        path = output if num_images == 1 else output.with_stem(f"{output.stem}-{index}")
-        details = {
-            "prompt": prompt,
-            "seed": seed + index,
-            **{key: value for key, value in settings.items() if value is not None},
-            **({"pose": pose} if pose else {}),
-            "identity_sha256": sha256_of_file(identity_path) if identity_path else None,
-            "preset": str(preset),
-        }
-        save_picture(image, path, details if metadata else None)
-        written.append({"path": str(path), "width": image.width, "height": image.height, **details})
     if as_json:
         click.echo(json.dumps(written, indent=2))
     else:
@@ -139,21 +158,81 @@ def generate(
             click.echo(one["path"])
 
 
-def _points(landmarks: Path | None, pose: tuple[float, float, float] | None, width: int, height: int):
-    """Landmarks in pixels of the picture, from a file or for a pose; None where neither is given."""
-    if landmarks is not None:
-        from omniid.faces.landmarks import load_landmarks
+def _check(ctx: click.Context, output: Path, source: Path | None, options: dict) -> None:
+    """What can be said before anything is loaded."""
+    prompt = options["prompt"]
+    if prompt is None and source is None:
+        raise click.UsageError("Missing option '--prompt'; say what the picture shows", ctx)
+    if prompt is not None and not prompt.strip():
+        raise click.BadParameter("the prompt is empty; say what the picture shows", param_hint="--prompt")
+    if options["id_end"] < options["id_start"]:
+        raise click.BadParameter(
+            f"{options['id_end']} lies before --id-start {options['id_start']}", param_hint="--id-end"
+        )
+    if options["landmarks"] is not None and options["pose"] is not None:
+        raise click.UsageError("--landmarks and --pose say the same thing; give one of them")
+    if options["grid"] and options["num_images"] > 1:
+        raise click.UsageError(
+            "--grid draws one sheet; write the seeds as an axis, --grid seed=0,1,2, not as --num-images"
+        )
+    people, places = len(options["identity_paths"]), len(options["regions"])
+    if places and source is None and places != people:
+        raise click.UsageError(f"{places} --region for {people} --id; give one for each, in the same order")
+    if output.suffix.lower() != ".png":
+        raise click.BadParameter(f"{output} does not end in .png", param_hint="--output")
+    if not output.parent.is_dir():
+        raise click.BadParameter(f"the folder {output.parent} does not exist", param_hint="--output")
 
-        return load_landmarks(landmarks, width, height)
-    if pose is None:
-        return None
-    from omniid.data.synthetic import template_landmarks
 
-    side = min(width, height)
-    try:
-        points = template_landmarks(*pose, size=side)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--pose") from error
-    points[:, 0] += (width - side) / 2
-    points[:, 1] += (height - side) / 2
-    return points
+def _request(ctx: click.Context, options: dict, details: dict):
+    """The options as a request; what was not given comes from the metadata of a picture to repeat."""
+    from omniid.generate.request import Request
+
+    names = [field.name for field in dataclasses.fields(Request)]
+    values = _merged(ctx, options, details, [name for name in names if name in options])
+    values["width"], values["height"] = options["size"] or (details.get("width"), details.get("height"))
+    if details and options["pose"] is None and options["landmarks"] is None:
+        values["landmarks"] = details.get("landmarks")
+    elif options["landmarks"] is not None:
+        values["pose"] = values["landmarks"] = None
+    return Request.from_details(values)
+
+
+def _merged(ctx: click.Context, options: dict, details: dict, names: list[str]) -> dict:
+    """For each name what was given on the command line, else what the metadata say, else the default."""
+
+    def is_given(name: str) -> bool:
+        return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+    values = {name: options[name] if is_given(name) or name not in details else details[name] for name in names}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _check_named_weights(ctx: click.Context, details: dict) -> None:
+    """A picture that somebody sent must not make this machine fetch weights from anywhere: they are named again."""
+    named = {name: details.get(name) for name in ("base", "adapter", "controlnet")}
+    named["loras"] = [one[0] for one in details.get("loras", [])] or None
+    for name, values in named.items():
+        if values is None or ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            continue
+        for value in values if isinstance(values, list) else [values]:
+            if not Path(str(value)).exists():
+                option = {"loras": "lora"}.get(name, name)
+                raise click.UsageError(
+                    f"the picture was made with --{option} {value}, which is not here; name it again", ctx
+                )
+
+
+def _plan(preset: str, base: str | None, size: tuple[int, int] | None, as_json: bool) -> str:
+    from omniid.config import load_preset
+    from omniid.generate.plan import plan_generation, table
+    from omniid.weights import weights_folder
+
+    is_folder = (Path(preset) / "preset.toml").is_file()
+    settings = load_preset(Path(preset) / "preset.toml" if is_folder else preset)
+    path = base or settings.base.path
+    if path == "embedded":
+        path = weights_folder(preset) / "base"
+    encoder = settings.encoder
+    plan = plan_generation(path, size=max(size or (1024, 1024)), num_tokens=encoder.num_queries, width=encoder.width)
+    return json.dumps(plan.to_dict(), indent=2) if as_json else table(plan)

@@ -23,6 +23,7 @@ from omniid.errors import OmniIDError
 from omniid.files import atomic_path
 from omniid.kernels.dense_attention import dense_attention
 from omniid.kernels.varlen_cross_attention import varlen_cross_attention
+from omniid.models.hub_model import CARD, HubModel
 from omniid.models.transformer import (
     CrossBlock,
     SelfBlock,
@@ -47,8 +48,10 @@ def _tower_attention(module, query, key, value, attention_mask, scaling=None, dr
 AttentionInterface.register(ATTENTION, _tower_attention)
 
 
-class OmniIDEncoder(nn.Module):
+class OmniIDEncoder(nn.Module, HubModel, library_name="omniid", tags=["face", "identity"], model_card_template=CARD):
     """Photos to identity codes."""
+
+    WEIGHTS_FILE = "encoder.safetensors"
 
     def __init__(self, tower: TowerConfig, encoder: EncoderConfig, preset_name: str = ""):
         super().__init__()
@@ -180,6 +183,33 @@ class OmniIDEncoder(nn.Module):
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Writes weights and sizes as one safetensors file."""
         save_weights(self, path, {"preset": self.preset_name}, dtype)
+
+    @classmethod
+    def _settings_files(cls, model_id: str, where: dict) -> list[str]:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:  # what `omniid train --push-to-hub` uploads has a preset, what `push_to_hub` uploads a configuration
+            hf_hub_download(model_id, "config.json", **where)
+        except EntryNotFoundError:
+            return ["preset.toml"]
+        return ["config.json"]
+
+    @classmethod
+    def _from_files(cls, weights: Path, folder: Path) -> "OmniIDEncoder":
+        if (folder / "config.json").is_file():
+            sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            try:
+                encoder = cls(TowerConfig(**sizes["tower"]), EncoderConfig(**sizes["encoder"]), sizes["preset_name"])
+            except (KeyError, TypeError) as error:
+                raise OmniIDError(
+                    f"{folder / 'config.json'} does not describe an encoder of omniid ({error})"
+                ) from error
+        else:
+            preset = load_preset(folder / "preset.toml")
+            encoder = cls(preset.tower, preset.encoder, preset.name)
+        load_weights(encoder, weights)
+        return encoder.eval()
 
 
 def build_tower(config: TowerConfig) -> CLIPVisionModel:

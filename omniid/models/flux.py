@@ -21,6 +21,7 @@ PIXELS_PER_TOKEN = 16
 """Side of the square of pixels that one image token stands for: 8x from the autoencoder, 2x from packing."""
 
 
+FLUX_1_DEV_NAME = "black-forest-labs/FLUX.1-dev"
 FLUX_1_DEV = {
     "transformer": {
         "in_channels": 64,
@@ -44,7 +45,12 @@ FLUX_1_DEV = {
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
     },
-}
+    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder_2": {
+        "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu",
+    },
+}  # fmt: skip
 """Sizes of FLUX.1-dev, so that its costs can be told without its files."""
 
 
@@ -79,16 +85,16 @@ def attention_modules(transformer: nn.Module) -> list[nn.Module]:
     return [block.attn for block in blocks]
 
 
-def load_base(path: str | Path, dtype: torch.dtype = torch.float32):
+def load_base(path: str | Path, dtype: torch.dtype = torch.float32, **options):
     """A diffusers `FluxPipeline` from a folder or hub name, without progress bars.
 
-    Raises OmniIDError when it cannot be loaded.
+    options: more for `from_pretrained`, such as quantization_config. Raises OmniIDError when it cannot be loaded.
     """
-    from diffusers import FluxPipeline
-
     try:
         with _quiet_loading():
-            pipeline = FluxPipeline.from_pretrained(str(path), dtype=dtype)
+            from diffusers import FluxPipeline  # which tells what packages it would like
+
+            pipeline = FluxPipeline.from_pretrained(str(path), dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OmniIDError(
@@ -104,14 +110,15 @@ def base_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
 
     Raises OmniIDError for a base whose sizes are not known: neither FLUX.1-dev, nor in [base.sizes], nor a local folder.
     """
-    import diffusers
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    with _quiet_loading():
+        import diffusers
+        from diffusers import AutoencoderKL, FluxTransformer2DModel
 
-    from omniid.models.mini_base import build_autoencoder, build_transformer
+        from omniid.models.mini_base import build_autoencoder, build_transformer
 
     folder = Path(config.path)
-    with torch.device("meta"):
-        if config.path == "black-forest-labs/FLUX.1-dev":
+    with _quiet_loading(), torch.device("meta"):
+        if config.path == FLUX_1_DEV_NAME:
             return FluxTransformer2DModel(**FLUX_1_DEV["transformer"]), AutoencoderKL(**FLUX_1_DEV["vae"])
         if config.sizes is not None:
             return build_transformer(config.sizes), build_autoencoder(config.sizes)
@@ -122,6 +129,28 @@ def base_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
     raise OmniIDError(
         f"the sizes of the base {config.path!r} are not known without its files; name its folder with --set base.path=FOLDER"
     )
+
+
+def text_encoders_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module, int]:
+    """CLIP's and T5's text encoders of a base on the meta device, and the number of T5 tokens of a prompt.
+
+    Raises OmniIDError where `base_without_weights` does, but for sizes in [base.sizes].
+    """
+    with _quiet_loading():
+        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    folder = Path(config.path)
+    if config.path == FLUX_1_DEV_NAME:
+        configs = CLIPTextConfig(**FLUX_1_DEV["text_encoder"]), T5Config(**FLUX_1_DEV["text_encoder_2"])
+    elif (folder / "model_index.json").is_file():
+        configs = (
+            CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"),
+            T5Config.from_pretrained(folder, subfolder="text_encoder_2"),
+        )
+    else:
+        raise OmniIDError(f"the sizes of the base {config.path!r} are not known without its files; name its folder")
+    with torch.device("meta"):
+        return CLIPTextModel(configs[0]), T5EncoderModel(configs[1]), config.max_sequence_length
 
 
 def drop_origin(folder: Path) -> None:

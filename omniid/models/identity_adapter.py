@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,13 @@ from torch import Tensor, nn
 from omniid.errors import OmniIDError
 from omniid.files import atomic_path
 from omniid.kernels.add_identity_attention import add_identity_attention as add_one_identity
+from omniid.kernels.add_identity_attention import add_identity_attention_ as add_one_identity_
 from omniid.kernels.dense_attention import dense_attention
 from omniid.models.flux import FluxLayout, attention_modules, layout_of
+from omniid.models.hub_model import CARD, HubModel
+
+if TYPE_CHECKING:
+    from omniid.identity import Identity
 
 FORMAT_VERSION = 1
 SCALE_SUFFIX = "_scale"
@@ -57,10 +63,25 @@ class IdentityUse:
     kv: IdentityKV
     scale: float | Tensor = 1.0
     """s: a number, or a map (B, L_img) or (1, L_img) with one value per image token."""
+    block_scales: Sequence[float] | None = None
+    """Factors on s for each of the N blocks; None is 1 for all."""
+    strength: float = 1.0
+    """Factor on s that a schedule sets between steps: 0 leaves this identity out."""
+
+    def scale_of(self, block: int) -> float | Tensor | None:
+        """s in that block now; None where the identity does not act there."""
+        factor = self.strength * (1.0 if self.block_scales is None else self.block_scales[block])
+        if factor == 0 or (not isinstance(self.scale, Tensor) and self.scale == 0):
+            return None
+        return self.scale * factor
 
 
-class IdentityAdapter(nn.Module):
+class IdentityAdapter(
+    nn.Module, HubModel, library_name="omniid", tags=["face", "identity", "flux"], model_card_template=CARD
+):
     """Projections of identity tokens to keys and values, one pair for each block of a FLUX transformer."""
+
+    WEIGHTS_FILE = "adapter.safetensors"
 
     def __init__(self, width: int, num_blocks: int, num_heads: int, head_dim: int):
         super().__init__()
@@ -168,6 +189,49 @@ class IdentityAdapter(nn.Module):
         adapter.encoder_fingerprint = sizes["encoder"]
         return adapter.to(device=device, dtype=dtype)
 
+    @classmethod
+    def _from_files(cls, weights: Path, folder: Path) -> "IdentityAdapter":
+        return cls.load(weights)
+
+    @contextlib.contextmanager
+    def drawing(
+        self,
+        pipeline,
+        identities: "Identity | Sequence[Identity]",
+        scale: float | Tensor | Sequence[float | Tensor] = 1.0,
+        guidance: float = 1.0,
+        one_each: bool = False,
+    ) -> Iterator["AttachedIdentities"]:
+        """Within it, any FLUX pipeline of diffusers draws the given people; no other code has to change.
+
+        identities: one person, or several, each added with its own `scale` (a number or a map with one value per image
+        token). one_each: instead, picture i of a batch shows identity i; the call then has as many prompts as identities,
+        and one picture for each. guidance: as of `attach_identities`. Raises AdapterError for a base that this adapter was
+        not made for, IdentityFileError for identities of another encoder.
+        """
+        from omniid.identity import Identity
+
+        self.check_base(pipeline.transformer)
+        people = [identities] if isinstance(identities, Identity) else list(identities)
+        for person in people:
+            person.check_encoder(self.encoder_fingerprint)
+        weight = self.to_k_id[0].weight
+        with torch.no_grad():
+            kv = self.project(torch.stack([person.tokens for person in people]).to(weight.device, weight.dtype))
+        kv = kv.to(pipeline._execution_device, pipeline.transformer.dtype)
+        if one_each:
+            uses = [IdentityUse(kv, scale)]
+        else:
+            scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(people)
+            if len(scales) != len(people):
+                raise ValueError(f"{len(scales)} scales for {len(people)} identities; give one for each")
+            uses = [
+                IdentityUse(IdentityKV(keys.unsqueeze(1), values.unsqueeze(1)), one)
+                for keys, values, one in zip(kv.keys.unbind(1), kv.values.unbind(1), scales, strict=True)
+            ]
+        with attach_identities(pipeline.transformer, uses, guidance=guidance) as attached:
+            yield attached
+
 
 def add_identity_attention(
     output: Tensor, query: Tensor, uses: Sequence[tuple[Tensor, Tensor, float | Tensor]]
@@ -177,31 +241,49 @@ def add_identity_attention(
     output, query: (B, L_img, H, D). uses: keys and values (B or 1, L, H, D) and s (number, (B, L_img) or (1, L_img)) of each.
     """
     for keys, values, scale in uses:
-        # One person's keys serve all pictures of a batch.
-        keys, values = (x.to(query.dtype).expand(query.shape[0], -1, -1, -1) for x in (keys, values))
-        output = add_one_identity(output, query, keys, values, scale)
+        output = add_one_identity(output, query, *_for_all(keys, values, query), scale)
     return output
 
 
-class AttachedIdentities:
-    """The identities that the processors of one transformer add now; the list may change from step to step."""
+def _for_all(keys: Tensor, values: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values in the query's dtype; one person's serve all pictures of a batch."""
+    return tuple(x.to(query.dtype).expand(query.shape[0], -1, -1, -1) for x in (keys, values))
 
-    def __init__(self, uses: Sequence[IdentityUse], num_blocks: int, for_training: bool, guidance: float = 1.0):
-        self.uses, self.for_training, self.guidance = list(uses), for_training, guidance
-        self.strength = 1.0
-        """Factor on all scales, for schedules: 0 skips the identities altogether."""
+
+class AttachedIdentities:
+    """The identities that the processors of one transformer add now; their strengths may change from step to step."""
+
+    def __init__(
+        self,
+        uses: Sequence[IdentityUse],
+        num_blocks: int,
+        for_training: bool,
+        guidance: float = 1.0,
+        negative: Sequence[IdentityUse] = (),
+    ):
+        for use in (*uses, *negative):
+            if use.block_scales is not None and len(use.block_scales) != num_blocks:
+                raise ValueError(f"{len(use.block_scales)} block scales for a transformer of {num_blocks} blocks")
+        self.uses, self.negative, self.for_training, self.guidance = list(uses), list(negative), for_training, guidance
+        self.is_guide_pass = False
         self.num_image_tokens = 0
         self.of_block: list[list[tuple[Tensor, Tensor, float | Tensor]]] = [[] for _ in range(num_blocks)]
         """Keys, values and scale of every identity that acts in this pass, for each block."""
 
-    def begin_pass(self, num_image_tokens: int) -> None:
-        """Called before every forward pass of the transformer."""
-        self.num_image_tokens = num_image_tokens
+    def begin_pass(self, hidden_states: Tensor) -> None:
+        """Called before every forward pass of the transformer, with its image tokens (B, L_img, C)."""
+        self.num_image_tokens = hidden_states.shape[1]
+        acting = self.negative if self.is_guide_pass else self.uses
+        for use in acting:
+            # Only here is it known where an offloaded transformer computes; a move happens once, in the first pass.
+            use.kv = use.kv.to(hidden_states.device)
+            if isinstance(use.scale, Tensor):
+                use.scale = use.scale.to(hidden_states.device)
         for block, now in enumerate(self.of_block):
             now[:] = [
-                (use.kv.keys[block], use.kv.values[block], use.scale * self.strength)
-                for use in self.uses
-                if self.strength != 0 and (isinstance(use.scale, Tensor) or use.scale != 0)
+                (use.kv.keys[block], use.kv.values[block], scale)
+                for use in acting
+                if (scale := use.scale_of(block)) is not None
             ]
 
 
@@ -253,45 +335,65 @@ class IdentityAttnProcessor:
                 backend=self._attention_backend,
                 parallel_config=self._parallel_config,
             )
-        num_image_tokens = self.attached.num_image_tokens
-        text, image = output[:, :-num_image_tokens], output[:, -num_image_tokens:]
+        num_text_tokens = output.shape[1] - self.attached.num_image_tokens
         if self.uses:
-            image = add_identity_attention(image, query[:, -num_image_tokens:], self.uses)
-        image, text = (part.flatten(2, 3).to(query.dtype) for part in (image, text))
+            image_query = query[:, num_text_tokens:]
+            if torch.is_grad_enabled():
+                image = add_identity_attention(output[:, num_text_tokens:], image_query, self.uses)
+                output = torch.cat([output[:, :num_text_tokens], image], dim=1)
+            else:
+                for (
+                    keys,
+                    values,
+                    scale,
+                ) in self.uses:  # into the image's part of the output, which nobody else holds yet
+                    add_one_identity_(output[:, num_text_tokens:], image_query, *_for_all(keys, values, query), scale)
+        output = output.flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
-            return torch.cat([text, image], dim=1)
+            return output
+        text, image = output.split_with_sizes([num_text_tokens, self.attached.num_image_tokens], dim=1)
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         return image, attn.to_add_out(text.contiguous())
 
 
 @contextlib.contextmanager
 def attach_identities(
-    transformer: nn.Module, uses: Sequence[IdentityUse], for_training: bool = False, guidance: float = 1.0
+    transformer: nn.Module,
+    uses: Sequence[IdentityUse],
+    for_training: bool = False,
+    guidance: float = 1.0,
+    negative: Sequence[IdentityUse] = (),
 ) -> Iterator[AttachedIdentities]:
     """Within it, the transformer draws the given identities; afterwards it is as it was before.
 
     for_training: take this package's attention for the joint part too, whose backward is several times faster on a CPU;
     its output equals diffusers' to rounding. Otherwise the joint part is diffusers' own, to the bit.
-    guidance: other than 1, every step runs without the identities too, and what they change is taken that many times
-    (classifier-free guidance by the identity; twice the time).
-    Yields the state that the processors read, so that a caller can change strengths between steps.
+    guidance: other than 1, every step runs a second time with the `negative` identities (none by default) in place of the
+    others, and the difference is taken that many times (classifier-free guidance by the identity; twice the time).
+    Yields the state that the processors read, so that a caller can change strengths between steps. Raises AdapterError for
+    a transformer whose attention another adapter has replaced.
     """
     modules = attention_modules(transformer)
-    attached = AttachedIdentities(uses, len(modules), for_training, guidance)
+    attached = AttachedIdentities(uses, len(modules), for_training, guidance, negative)
     before = [attention.processor for attention in modules]
+    for processor in before:
+        if type(processor).__name__ != "FluxAttnProcessor":
+            raise AdapterError(
+                f"the transformer's attention is replaced by {type(processor).__name__} already; unload the other adapter "
+                "first (pipe.unload_ip_adapter() for an IP-Adapter of diffusers)"
+            )
 
     def begin_pass(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        attached.begin_pass(hidden_states.shape[1])
+        attached.begin_pass(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
     def guide(module: nn.Module, args: tuple, kwargs: dict, output):
-        if attached.guidance == 1 or not any(attached.of_block):
+        if attached.is_guide_pass or attached.guidance == 1 or not any(attached.of_block):
             return output
-        strength, attached.strength = attached.strength, 0.0  # which also ends the recursion
+        attached.is_guide_pass = True  # which also ends the recursion
         try:
             plain = module(*args, **kwargs)[0]
         finally:
-            attached.strength = strength
+            attached.is_guide_pass = False
         guided = plain + attached.guidance * (output[0] - plain)
         return (guided,) if isinstance(output, tuple) else type(output)(sample=guided)
 
@@ -300,8 +402,11 @@ def attach_identities(
         transformer.register_forward_hook(guide, with_kwargs=True),
     ]
     try:
-        for attention, uses_of_block in zip(modules, attached.of_block, strict=True):
-            attention.set_processor(IdentityAttnProcessor(uses_of_block, attached))
+        for attention, uses_of_block, old in zip(modules, attached.of_block, before, strict=True):
+            processor = IdentityAttnProcessor(uses_of_block, attached)
+            # What set_attention_backend and context parallelism chose stays chosen.
+            processor._attention_backend, processor._parallel_config = old._attention_backend, old._parallel_config
+            attention.set_processor(processor)
         yield attached
     finally:
         for hook in hooks:

@@ -6,6 +6,7 @@ nothing.
 """
 
 import copy
+import re
 import shutil
 from pathlib import Path
 
@@ -35,11 +36,14 @@ def build_landmark_controlnet(transformer: nn.Module, num_double_blocks: int, nu
 def load_landmark_controlnet(
     folder: str | Path, transformer: nn.Module, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """The ControlNet that stage `control` exported. Raises OmniIDError when it is missing or of another base."""
+    """The ControlNet that stage `control` exported, from a folder or a hub name such as somebody/landmarks.
+
+    Raises OmniIDError when it is missing, of another base, or no plain ControlNet.
+    """
     from diffusers import FluxControlNetModel
 
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    is_hub_name = isinstance(folder, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not Path(folder).exists()
+    if not is_hub_name and not (Path(folder) / "config.json").is_file():
         raise OmniIDError(f"there is no landmark ControlNet at {folder}; train one with: omniid train control")
     try:
         controlnet = FluxControlNetModel.from_pretrained(folder, dtype=dtype)
@@ -53,6 +57,10 @@ def load_landmark_controlnet(
         raise OmniIDError(
             f"the landmark ControlNet {folder} was trained for another base: it has {mine.num_heads} heads of "
             f"{mine.head_dim} channels, the base {its.num_heads} of {its.head_dim}; train one for this base"
+        )
+    if controlnet.union:
+        raise OmniIDError(
+            f"{folder} is a union ControlNet with modes of its own; give one that reads landmark pictures"
         )
     return controlnet.eval()
 

@@ -1,58 +1,42 @@
 """`omniid generate`: the PNG and its metadata, and one sentence for everything that cannot be."""
 
 import json
-import shutil
+import types
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from omniid.cli.main import main
-from omniid.config import preset_to_toml
 from omniid.data.synthetic import template_landmarks
+from omniid.generate.watermark import is_marked
 from omniid.identity import Identity
-from omniid.models.flux import load_base
-from omniid.models.identity_adapter import IdentityAdapter
-from omniid.models.landmark_controlnet import build_landmark_controlnet, save_landmark_controlnet
-from omniid.models.mini_base import build_base
-from omniid.train.base import save_base
-
-
-@pytest.fixture(scope="module")
-def weights(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    pipeline = build_base(tiny.base.sizes, tiny.base.max_sequence_length, ["photo"], seed=0)
-    adapter = IdentityAdapter.for_transformer(pipeline.transformer, tiny.encoder.width)
-    adapter.encoder_fingerprint = "f" * 64
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in (*pipeline.transformer.parameters(), *(to_v.weight for to_v in adapter.to_v_id)):
-            parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.15)
-    save_base(pipeline, folder / "base")
-    adapter.save(folder / "adapter.safetensors")
-    (folder / "preset.toml").write_text(preset_to_toml(tiny))
-    return folder
+from omniid.picture_file import read_details, save_picture
 
 
 @pytest.fixture
-def identity(tmp_path):
-    return save_identity(tmp_path / "id.pt", encoder="f" * 64)
+def identity(tmp_path, make_person):
+    make_person(1).save(tmp_path / "id.pt")
+    return tmp_path / "id.pt"
 
 
-def save_identity(path, encoder: str):
-    tokens = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
-    Identity(tokens=tokens, encoder=encoder, preset="mini", num_images=1).save(path)
-    return path
+@pytest.fixture
+def other(tmp_path, make_person):
+    make_person(2).save(tmp_path / "other.safetensors")
+    return tmp_path / "other.safetensors"
 
 
 def run(*arguments):
     return CliRunner().invoke(main, ["generate", *map(str, arguments)])
 
 
-def test_writes_a_picture_that_says_how_it_was_made(weights, identity, tmp_path):
+def test_writes_a_picture_that_says_how_it_was_made(drawing_weights, identity, tmp_path):
     path = tmp_path / "out.png"
-    result = run("--preset", weights, "--id", identity, "--prompt", "photo of a person", "-o", path, "--seed", 3)
+    result = run(
+        "--preset", drawing_weights, "--id", identity, "--prompt", "photo of a person", "-o", path, "--seed", 3
+    )
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{path}\n"
     with Image.open(path) as image:
@@ -62,21 +46,23 @@ def test_writes_a_picture_that_says_how_it_was_made(weights, identity, tmp_path)
     assert details["prompt"] == "photo of a person"
     assert details["seed"] == 3
     assert details["num_inference_steps"] == 2
-    assert len(details["identity_sha256"]) == 64
+    assert details["identities"] == [Identity.load(identity).fingerprint()]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["id.pt", "out.png"]
 
 
-def test_no_metadata_leaves_only_the_mark_of_ai(weights, tmp_path):
+def test_no_metadata_leaves_only_the_mark_of_ai(drawing_weights, tmp_path):
     path = tmp_path / "out.png"
-    assert run("--preset", weights, "--prompt", "photo", "-o", path, "--no-metadata").exit_code == 0
+    assert run("--preset", drawing_weights, "--prompt", "photo", "-o", path, "--no-metadata").exit_code == 0
     with Image.open(path) as image:
         assert set(image.text) == {"XML:com.adobe.xmp"}
         assert "photo" not in image.text["XML:com.adobe.xmp"]
 
 
-def test_several_images_and_json(weights, identity, tmp_path):
+def test_several_images_and_json(drawing_weights, identity, tmp_path):
     arguments = ("--num-images", 2, "--size", "48x32", "--steps", 1, "--id-scale", 0.5, "--json")
-    result = run("--preset", weights, "--id", identity, "--prompt", "photo", "-o", tmp_path / "a.png", *arguments)
+    result = run(
+        "--preset", drawing_weights, "--id", identity, "--prompt", "photo", "-o", tmp_path / "a.png", *arguments
+    )
     assert result.exit_code == 0, result.output
     written = json.loads(result.stdout)
     assert [one["path"] for one in written] == [str(tmp_path / "a-0.png"), str(tmp_path / "a-1.png")]
@@ -96,7 +82,13 @@ def test_several_images_and_json(weights, identity, tmp_path):
         (["--prompt", "photo", "--id-start", "0.9", "--id-end", "0.1"], "lies before --id-start"),
         (["--prompt", "photo", "-o", "out.jpg"], "does not end in .png"),
         (["--prompt", "photo", "-o", "nowhere/out.png"], "the folder nowhere does not exist"),
-        ([], "--prompt"),
+        ([], "Missing option '--prompt'"),
+        (["--prompt", "photo", "--id-scale", "1,x"], "'1,x' is no strength; write a number"),
+        (["--prompt", "photo", "--id-scale", "nan"], "'nan' is no strength"),
+        (["--prompt", "photo", "--region", "left"], "1 --region for 0 --id; give one for each"),
+        (["--prompt", "photo", "--lora", "a=b"], "'b' is no weight; write FILE=WEIGHT"),
+        (["--prompt", "photo", "--grid", "seed=0,1", "--num-images", "2"], "--grid seed=0,1,2, not as --num-images"),
+        (["--prompt", "photo", "--precision", "int3"], "'int3' is not one of"),
     ],
 )
 def test_wrong_usage(arguments, message):
@@ -105,14 +97,15 @@ def test_wrong_usage(arguments, message):
     assert message in result.stderr
 
 
-def test_missing_identity_weights_and_other_encoders_are_one_sentence(weights, tmp_path):
-    other = save_identity(tmp_path / "other.pt", encoder="e" * 64)
+def test_missing_identity_weights_and_other_encoders_are_one_sentence(drawing_weights, make_person, tmp_path):
+    other = tmp_path / "other.pt"
+    make_person(1, encoder="e" * 64).save(other)
     cases = {
-        ("--preset", weights, "--id", tmp_path / "none.pt"): "none.pt",
+        ("--preset", drawing_weights, "--id", tmp_path / "none.pt"): "none.pt",
         ("--preset", tmp_path / "none"): "no trained weights",
-        ("--preset", weights, "--id", other): "encode the photos again",
-        ("--preset", weights, "--adapter", tmp_path / "none.safetensors"): "no identity adapter at",
-        ("--preset", weights, "--base", tmp_path): "cannot be loaded",
+        ("--preset", drawing_weights, "--id", other): "encode the photos again",
+        ("--preset", drawing_weights, "--adapter", tmp_path / "none.safetensors"): "no identity adapter at",
+        ("--preset", drawing_weights, "--base", tmp_path): "cannot be loaded",
     }
     for arguments, message in cases.items():
         result = run(*arguments, "--prompt", "photo", "-o", tmp_path / "out.png")
@@ -122,14 +115,20 @@ def test_missing_identity_weights_and_other_encoders_are_one_sentence(weights, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt"]
 
 
-def test_pose_and_landmarks_go_to_the_controlnet(weights, identity, tmp_path):
-    folder = tmp_path / "weights"
-    shutil.copytree(weights, folder)
-    transformer = load_base(folder / "base").transformer
-    save_landmark_controlnet(build_landmark_controlnet(transformer, 1, 1), folder / "controlnet")
+def test_pose_and_landmarks_go_to_the_controlnet(controlled_weights, identity, tmp_path):
     points = template_landmarks(10, 0, 0, size=64).tolist()
     (tmp_path / "face.json").write_text(json.dumps({"width": 64, "height": 64, "points": points}))
-    common = ("--id", identity, "--prompt", "photo", "--preset", folder, "-o", tmp_path / "out.png", "--json")
+    common = (
+        "--id",
+        identity,
+        "--prompt",
+        "photo",
+        "--preset",
+        controlled_weights,
+        "-o",
+        tmp_path / "out.png",
+        "--json",
+    )
     for option in (("--pose", "20,-5,0"), ("--landmarks", tmp_path / "face.json")):
         result = run(*common, *option)
         assert result.exit_code == 0, result.output
@@ -140,13 +139,246 @@ def test_pose_and_landmarks_go_to_the_controlnet(weights, identity, tmp_path):
     ("options", "code", "words"),
     [
         (("--pose", "20,5"), 2, "'20,5' is no pose; write three angles in degrees, like 20,-5,0"),
-        (("--pose", "80,0,0"), 2, "yaw is 80.0 degrees, expected -60 to 60"),
+        (("--pose", "80,0,0"), 1, "no template for the pose 80,0,0: yaw is 80.0 degrees, expected -60 to 60"),
         (("--pose", "0,0,0", "--landmarks", "face.json"), 2, "give one of them"),
         (("--landmarks", "missing.json"), 1, "landmarks cannot be read from missing.json"),
         (("--pose", "0,0,0"), 1, "hold no landmark ControlNet"),
     ],
 )
-def test_poses_and_landmarks_that_cannot_be(weights, identity, tmp_path, options, code, words):
-    result = run("--id", identity, "--prompt", "photo", "--preset", weights, "-o", tmp_path / "out.png", *options)
+def test_poses_and_landmarks_that_cannot_be(drawing_weights, identity, tmp_path, options, code, words):
+    result = run(
+        "--id", identity, "--prompt", "photo", "--preset", drawing_weights, "-o", tmp_path / "out.png", *options
+    )
     assert result.exit_code == code
     assert words in " ".join(result.output.split())
+
+
+def drawn(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.fixture
+def draw(drawing_weights, identity, tmp_path):
+    """Draws with the given options; pixels and metadata."""
+
+    def draw(*options, weights=drawing_weights):
+        path = tmp_path / "drawn.png"
+        result = run("--preset", weights, "--id", identity, "--prompt", "photo", "-o", path, *options)
+        assert result.exit_code == 0, result.output
+        return drawn(path), read_details(path)
+
+    return draw
+
+
+def test_strength_follows_schedules_and_blocks(draw):
+    plain, _ = draw("--id-scale", 0)
+    constant, _ = draw()
+    falling, details = draw("--id-scale", "1,0")
+    assert details["id_scale"] == [[1.0, 0.0]]
+    assert (falling != constant).any() and (falling != plain).any()
+    assert (draw("--id-start", 0, "--id-end", 0.5)[0] == falling).all()  # two steps: on, off
+    assert (draw("--id-blocks", "double=0,single=0")[0] == plain).all()
+
+
+def test_two_people_have_regions_and_strengths_of_their_own(draw, identity, other, tmp_path):
+    Image.fromarray(np.repeat(np.uint8([[0] * 16 + [255] * 16]), 32, axis=0)).save(tmp_path / "mask.png")
+    both, details = draw("--id", other, "--region", "left", "--region", "right")
+    assert details["regions"] == ["left", "right"] and len(set(details["identities"])) == 2
+    masked, details = draw("--id", other, "--region", "0,0,16,32", "--region", tmp_path / "mask.png")
+    assert (masked == both).all() and details["regions"] == ["0,0,16,32", "mask.png"]
+    soft, _ = draw("--id", other, "--region", "left", "--region", "right", "--region-softness", 1)
+    assert (soft != both).any()
+    one, _ = draw("--id", other, "--region", "left", "--region", "right", "--id-scale", 1, "--id-scale", 0)
+    alone, _ = draw("--region", "left")
+    assert (one == alone).all() and (one != both).any()
+
+
+def test_negative_prompt_and_negative_identity(draw, other):
+    plain, _ = draw()
+    for options in (("--negative", "person"), ("--negative-id", other, "--id-guidance", 2)):
+        pushed, details = draw(*options)
+        assert (pushed != plain).any()
+    assert details["negative_identity"] == Identity.load(other).fingerprint()
+    assert (draw("--negative", "person", "--negative-scale", 4)[0] != draw("--negative", "person")[0]).any()
+
+
+def test_pictures_to_start_from(draw, tmp_path):
+    start = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    start.save(tmp_path / "start.png")
+    Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
+    plain, _ = draw()
+    from_picture, details = draw("--image", tmp_path / "start.png", "--image-strength", 0.5)
+    inpainted, _ = draw("--image", tmp_path / "start.png", "--mask", tmp_path / "mask.png", "--image-strength", 0.5)
+    assert (from_picture != plain).any() and inpainted.shape == plain.shape
+    assert details["image"] == "start.png"
+
+
+def test_parts_can_be_named_and_are_recorded(draw, drawing_weights, lora_file):
+    plain, _ = draw()
+    parts = ("--base", drawing_weights / "base", "--adapter", drawing_weights / "adapter.safetensors")
+    same, details = draw(*parts)
+    assert (same == plain).all() and details["base"] == str(drawing_weights / "base")
+    assert (draw("--guidance", 1)[0] != plain).any()
+    with_lora, details = draw("--lora", f"{lora_file}=0.5")
+    assert (with_lora != plain).any() and details["loras"] == [[lora_file, 0.5]]
+    assert (draw("--lora", lora_file)[0] != with_lora).any()
+    assert draw("--precision", "fp32", "--offload", "none")[1]["precision"] == "fp32"
+
+
+def test_a_picture_is_repeated_from_its_metadata(draw, drawing_weights, identity, other, tmp_path):
+    first, details = draw(
+        "--seed", 5, "--id-scale", "1,0.5", "--id-end", 0.9, "--negative", "person", "--size", "48x32"
+    )
+    again = ("--from", tmp_path / "drawn.png", "-o", tmp_path / "again.png")
+    result = run(*again, "--id", identity)
+    assert result.exit_code == 0, result.output
+    assert (drawn(tmp_path / "again.png") == first).all() and read_details(tmp_path / "again.png") == details
+    assert run(*again, "--id", identity, "--seed", 6).exit_code == 0
+    changed = read_details(tmp_path / "again.png")
+    assert changed.pop("seed") == 6 and changed == {name: value for name, value in details.items() if name != "seed"}
+    result = run(*again, "--id", other)
+    assert result.exit_code == 0 and f"takes the place of {details['identities'][0][:12]}" in result.stderr
+    result = run(*again)
+    assert (
+        result.exit_code == 1
+        and "made with 1 identities" in result.stderr
+        and "name as many with --id" in result.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("details", "code", "words"),
+    [
+        ({}, 1, "hold no prompt; give one with --prompt"),
+        ({"prompt": "photo", "width": "wide"}, 1, "width cannot be 'wide'"),
+        ({"prompt": "photo", "id_scale": 1}, 1, "id_scale cannot be '1'"),
+        ({"prompt": "photo", "landmarks": [[1, 2, 3]]}, 1, "landmarks cannot be"),
+        ({"prompt": "photo", "preset": "nowhere"}, 1, "no trained weights for 'nowhere'"),
+        ({"prompt": "photo", "base": "somebody/else"}, 2, "--base somebody/else, which is not here; name it again"),
+        ({"prompt": "photo", "loras": [["somebody/style", 1.0]]}, 2, "--lora somebody/style, which is not here"),
+        ({"prompt": "photo", "identities": ["a" * 64]}, 1, "made with 1 identities (aaaaaaaaaaaa)"),
+        ({"prompt": "photo", "image": "start.png"}, 1, "made with --image start.png, which is not in it"),
+        ({"prompt": "photo", "grid": ["seed=1,2"]}, 1, "a grid is not repeated"),
+    ],
+)
+def test_metadata_of_anyone_cannot_do_harm(tmp_path, details, code, words):
+    save_picture(Image.new("RGB", (32, 32)), tmp_path / "sent.png", details)
+    result = run("--from", tmp_path / "sent.png", "-o", tmp_path / "out.png")
+    assert result.exit_code == code and words in " ".join(result.output.split()), result.output
+
+
+def test_landmarks_and_poses_are_repeated(draw, controlled_weights, identity, tmp_path):
+    points = template_landmarks(10, 0, 0, size=64)
+    (tmp_path / "face.json").write_text(json.dumps({"width": 64, "height": 64, "points": points.tolist()}))
+    for options in (("--pose", "20,-5,0"), ("--landmarks", tmp_path / "face.json", "--landmark-scale", 0.8)):
+        first, _ = draw(*options, weights=controlled_weights)
+        result = run("--from", tmp_path / "drawn.png", "--id", identity, "-o", tmp_path / "again.png")
+        assert result.exit_code == 0, result.output
+        assert (drawn(tmp_path / "again.png") == first).all()
+
+
+def test_landmarks_of_a_photo_come_from_the_face_backend(draw, controlled_weights, tmp_path, monkeypatch):
+    class Backend:
+        def find(self, path):
+            return types.SimpleNamespace(landmarks=self.points, image=Image.open(path))
+
+    backend = Backend()
+    monkeypatch.setattr("omniid.faces.analyzer", {"fake": backend}.__getitem__)
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    backend.points = template_landmarks(10, 0, 0, size=64)
+    options = ("--landmarks", tmp_path / "photo.png", "--faces", "fake")
+    from_photo, _ = draw(*options, weights=controlled_weights)
+    (tmp_path / "face.json").write_text(json.dumps({"width": 64, "height": 64, "points": backend.points.tolist()}))
+    assert (from_photo == draw("--landmarks", tmp_path / "face.json", weights=controlled_weights)[0]).all()
+    backend.points = None
+    result = run("--preset", controlled_weights, "--prompt", "photo", *options, "-o", tmp_path / "out.png")
+    assert result.exit_code == 1 and "'fake' finds no 66 landmarks" in result.stderr
+
+
+def test_another_controlnet_than_the_one_beside_the_weights(draw, drawing_weights, controlled_weights):
+    options = ("--controlnet", controlled_weights / "controlnet", "--pose", "0,0,0")
+    assert (draw(*options)[0] == draw("--pose", "0,0,0", weights=controlled_weights)[0]).all()
+    result = run("--preset", drawing_weights, "--prompt", "photo", "--controlnet", "nowhere", "--pose", "0,0,0")
+    assert result.exit_code == 1 and "no landmark ControlNet at nowhere" in result.stderr
+
+
+@pytest.mark.parametrize("axes", [("seed=0,1,2",), ("scale=0,1", "seed=3,4"), ("id", "guidance=1,2"), ("steps=1,2",)])
+def test_grids_are_labelled_sheets(draw, other, axes):
+    sheet, details = draw("--id", other, *(word for axis in axes for word in ("--grid", axis)))
+    counts = [2 if axis == "id" else axis.count(",") + 1 for axis in axes]
+    assert sheet.shape[1] == counts[0] * 38 + 6 and sheet.shape[0] > 32 * (counts[1] if len(counts) > 1 else 1)
+    assert details["grid"] == list(axes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        (("colour=1",), "'colour=1' is no grid axis"),
+        (("seed=a",), "write numbers like seed=1,2,3"),
+        (("id",), "give --id at least twice"),
+        (("seed=1", "seed=2"), "one or two different axes"),
+    ],
+)
+def test_grids_that_cannot_be(drawing_weights, identity, tmp_path, axes, words):
+    options = [word for axis in axes for word in ("--grid", axis)]
+    result = run("--preset", drawing_weights, "--id", identity, "--prompt", "p", "-o", tmp_path / "out.png", *options)
+    assert result.exit_code == 1 and words in result.stderr and not (tmp_path / "out.png").exists()
+
+
+def test_the_watermark_survives_the_file_and_can_be_left_out(draw, tmp_path):
+    pytest.importorskip("imwatermark")
+    marked, details = draw("--size", "128x128", "--steps", 1)
+    with Image.open(tmp_path / "drawn.png") as image:
+        assert details["watermark"] and is_marked(image)
+    plain, details = draw("--size", "128x128", "--steps", 1, "--no-watermark")
+    with Image.open(tmp_path / "drawn.png") as image:
+        assert not details["watermark"] and not is_marked(image)
+    assert 0 < np.abs(marked - plain).mean() < 4
+
+
+def test_small_pictures_are_said_to_have_no_watermark(drawing_weights, tmp_path):
+    result = run("--preset", drawing_weights, "--prompt", "photo", "-o", tmp_path / "out.png")
+    assert result.exit_code == 0 and "no invisible watermark: " in result.stderr
+    assert read_details(tmp_path / "out.png")["watermark"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--precision", "fp8"), "needs an NVIDIA GPU of compute capability 8.9 or newer, and this runs on cpu"),
+        (("--precision", "nf4"), "needs a CUDA GPU and bitsandbytes, and this runs on cpu"),
+        (("--offload", "model"), "moves weights to a GPU and back, and this runs on cpu"),
+        (("--lora", "none.safetensors"), "the LoRA none.safetensors does not exist"),
+        (("--image", "none.png"), "the photo none.png does not exist"),
+        (("--from", "none.png"), "the picture none.png does not exist"),
+        (("--negative-id", "none.pt", "--id-guidance", "2"), "identity file none.pt does not exist"),
+        (("--region", "up"), "'up' is no region"),
+        (("--id-blocks", "x=1"), "'x=1' is no scale of blocks"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refusals of a machine without a GPU")
+def test_what_this_machine_or_folder_lacks_is_one_sentence(drawing_weights, identity, tmp_path, options, words):
+    result = run("--preset", drawing_weights, "--id", identity, "--prompt", "p", "-o", tmp_path / "out.png", *options)
+    assert result.exit_code == 1 and words in result.stderr, result.output
+    assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "out.png").exists()
+
+
+def test_bf16_runs_on_a_cpu_too(draw):
+    assert draw("--precision", "bf16")[1]["precision"] == "bf16"
+
+
+def test_pictures_without_metadata_cannot_be_repeated(drawing_weights, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, words in (("photo.png", "does not say how it was made"), ("text.png", "cannot be read as a picture")):
+        result = run("--from", tmp_path / name, "-o", tmp_path / "out.png")
+        assert result.exit_code == 1 and words in result.stderr
+
+
+def test_the_plan_of_a_base_is_told_without_drawing(drawing_weights):
+    result = run("--plan", "--preset", drawing_weights, "--size", "64x64")
+    assert result.exit_code == 0, result.output
+    assert "3 blocks patched; cached keys and values: 6 x 3 blocks of 2 x 16" in result.stdout
+    plan = json.loads(run("--plan", "--preset", drawing_weights, "--size", "64x64", "--json").stdout)
+    assert plan["kv_shape"] == [3, 1, 6, 2, 16] and {row["precision"] for row in plan["rows"]} == {"bf16", "fp8", "nf4"}

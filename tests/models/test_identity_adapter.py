@@ -90,11 +90,33 @@ def test_scale_zero_and_no_identity_change_no_bit(transformer, adapter):
 
 def test_strength_acts_on_the_next_call(transformer, adapter):
     plain, kv = output(transformer, **inputs()), adapter.project(tokens())
-    with attach_identities(transformer, [IdentityUse(kv)]) as attached:
-        attached.strength = 0.0
+    use = IdentityUse(kv)
+    with attach_identities(transformer, [use]):
+        use.strength = 0.0
         assert torch.equal(transformer(**inputs())[0], plain)
-        attached.strength = 1.0
+        use.strength = 1.0
         assert not torch.equal(transformer(**inputs())[0], plain)
+
+
+def test_blocks_have_scales_of_their_own(transformer, adapter):
+    plain, kv = output(transformer, **inputs()), adapter.project(tokens())
+    assert torch.equal(output(transformer, [IdentityUse(kv, block_scales=[0.0] * 4)], **inputs()), plain)
+    halves = output(transformer, [IdentityUse(kv, 0.5)], **inputs())
+    assert torch.equal(output(transformer, [IdentityUse(kv, block_scales=[0.5] * 4)], **inputs()), halves)
+    only_last = output(transformer, [IdentityUse(kv, block_scales=[0.0, 0.0, 0.0, 1.0])], **inputs())
+    assert not torch.equal(only_last, plain) and not torch.equal(only_last, halves)
+    with pytest.raises(ValueError, match="3 block scales for a transformer of 4 blocks"):
+        output(transformer, [IdentityUse(kv, block_scales=[1.0] * 3)], **inputs())
+
+
+def test_guidance_moves_away_from_the_negative_identity(transformer, adapter):
+    use, other = (IdentityUse(adapter.project(tokens(seed=seed))) for seed in (2, 3))
+    own, away = (output(transformer, [one], **inputs()) for one in (use, other))
+    with attach_identities(transformer, [use], guidance=3.0, negative=[other]):
+        guided = transformer(**inputs())[0]
+    torch.testing.assert_close(guided, away + 3 * (own - away))
+    with torch.no_grad(), attach_identities(transformer, [use]):  # without gradients it is added in place
+        torch.testing.assert_close(transformer(**inputs())[0], own)
 
 
 def test_keys_and_values_made_once_serve_every_step(transformer, adapter):
