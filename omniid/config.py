@@ -199,6 +199,11 @@ class StageConfig:
     """Mtd stage only: each layer of the vision tower gets this times the rate of the layer above it; 1 treats all alike."""
     encoder_lr_scale: float = 1.0
     """Flow stage only: the encoder's learning rate relative to the adapter's; 0 freezes it and saves its backward."""
+    cache_latents: bool = False
+    """Flow and control stages only: latents of all photos and the prompt's embedding are computed once and kept on disk; no
+    step runs the autoencoder's encoder or reads target photos. Worth it where photos are seen many times."""
+    cache_folder: str = ""
+    """Where they are kept, for all runs that name it; empty means RUN/cache."""
     conditioning_dropout: float = 0.0
     """Base and t2i stages only: share of captions replaced by the empty prompt."""
     control_double_blocks: int = 4

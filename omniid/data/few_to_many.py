@@ -6,13 +6,14 @@ the number of loader processes changes nothing.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from omniid.data.latent_cache import LatentCache
 from omniid.data.records import RecordError, decode_image, decode_mask, read_row, scaled_landmarks
 from omniid.faces.landmarks import mirror_landmarks
 
@@ -26,9 +27,9 @@ class Batch:
     cu_inputs: Tensor
     """(B + 1) int32: identity b owns inputs[cu_inputs[b]:cu_inputs[b + 1]]."""
     targets: Tensor
-    """(B, T, 3, H, W), as `inputs`."""
+    """(B, T, 3, H, W), as `inputs`; where `latents` stand for them, (B, T, 3, 0, 0)."""
     masks: Tensor
-    """(B, T, H, W) bool: face pixels of the targets."""
+    """(B, T, H, W) bool: face pixels of the targets, if these are there."""
     captions: list[list[str]]
     """T captions for each identity."""
     identity_ids: list[str]
@@ -38,13 +39,19 @@ class Batch:
     """Identities that were damaged and replaced, with the reason."""
     landmarks: np.ndarray | None = None
     """(B, T, 66, 2) of the targets in pixels, where asked for."""
+    latents: Tensor | None = None
+    """(B, T, C, h, w) of the targets as their autoencoder gave them, from a `LatentCache`."""
+    control_latents: Tensor | None = None
+    """As `latents`, of the pictures of the targets' landmarks."""
 
     def to_device(self, device: torch.device) -> "Batch":
         """A copy on `device` with photos as float32 in [-1, 1]."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("inputs", "targets"):
             values[name] = values[name].to(device, non_blocking=True).float().div_(127.5).sub_(1)
-        values["masks"] = self.masks.to(device, non_blocking=True)
+        for name in ("masks", "latents", "control_latents"):
+            if values[name] is not None:
+                values[name] = values[name].to(device, non_blocking=True)
         return Batch(**values)
 
 
@@ -54,7 +61,9 @@ class FewToManyBatches(torch.utils.data.Dataset):
     num_inputs: closed range of |X^s|, drawn per identity. num_targets: |X^r|. max_yaw: degrees beyond which photos are left
     out. mirror: share of identities shown mirrored, captions included. landmarks: whether batches hold them; records
     without the 66 points of `faces.landmarks` then count as damaged. rank, world_size: this process takes every
-    world_size-th identity of the global batch. Targets are photos that are not among the inputs while there are enough.
+    world_size-th identity of the global batch. latents: caches by the batch's field that they fill, of the photos as they
+    are and mirrored; targets and masks are then not read. Targets are photos that are not among the inputs while there
+    are enough.
     """
 
     def __init__(
@@ -71,6 +80,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
         rank: int = 0,
         world_size: int = 1,
         landmarks: bool = False,
+        latents: Mapping[str, Sequence[LatentCache | None]] | None = None,
     ):
         if batch_identities % world_size:
             raise RecordError(f"batch_identities {batch_identities} is not a multiple of the {world_size} processes")
@@ -80,6 +90,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
         self.num_inputs, self.num_targets, self.seed, self.steps = num_inputs, num_targets, seed, steps
         self.max_yaw, self.mirror, self.landmarks = max_yaw, mirror, landmarks
         self.rank, self.world_size = rank, world_size
+        self.latents = latents or {}
         self._last_order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -91,11 +102,14 @@ class FewToManyBatches(torch.utils.data.Dataset):
         count, photo = len(places), (self.size, self.size, 3)
         # Photos are decoded to where they stay: stacking them and moving them between processes took a third of the time.
         inputs = _empty(count * self.num_inputs[1], *photo, dtype=torch.uint8)
-        targets = _empty(count, self.num_targets, *photo, dtype=torch.uint8)
-        masks = _empty(count, self.num_targets, *photo[:2], dtype=torch.bool)
+        shown = (0, 0, 3) if self.latents else photo
+        targets = _empty(count, self.num_targets, *shown, dtype=torch.uint8)
+        masks = _empty(count, self.num_targets, *shown[:2], dtype=torch.bool)
         people, bounds = [], [0]
         for b, place in enumerate(places):
-            space = {"inputs": inputs[bounds[-1] :], "targets": targets[b], "masks": masks[b]}
+            space = {"inputs": inputs[bounds[-1] :]}
+            if not self.latents:
+                space |= {"targets": targets[b], "masks": masks[b]}
             people.append(self._identity(place, {name: tensor.numpy() for name, tensor in space.items()}))
             bounds.append(bounds[-1] + people[-1]["num_inputs"])
         return Batch(
@@ -108,6 +122,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
             places=list(places),
             skipped=[text for one in people for text in one["skipped"]],
             landmarks=np.stack([one["landmarks"] for one in people]) if self.landmarks else None,
+            **{name: _stacked([one[name] for one in people]) for name in self.latents},
         )
 
     def _identity(self, place: int, space: dict[str, np.ndarray]) -> dict:
@@ -118,9 +133,10 @@ class FewToManyBatches(torch.utils.data.Dataset):
         skipped = []
         for attempt in range(min(len(self.rows), 20)):
             epoch, offset = divmod(place, len(self.rows))
-            row = read_row(self.rows, int(self._order(epoch)[(offset + attempt) % len(self.rows)]))
+            number = int(self._order(epoch)[(offset + attempt) % len(self.rows)])
+            row = read_row(self.rows, number)
             try:
-                rest = self._sample(row, np.random.default_rng((self.seed, place, attempt)), space)
+                rest = self._sample(row, number, np.random.default_rng((self.seed, place, attempt)), space)
                 return {**rest, "skipped": skipped}
             except RecordError as error:
                 skipped.append(f"{row['identity_id']}: {error}")
@@ -150,29 +166,32 @@ class FewToManyBatches(torch.utils.data.Dataset):
         targets = np.resize(np.concatenate([order[num_inputs:], order[:num_inputs]]), self.num_targets)
         return order[:num_inputs], targets, rng.random() < self.mirror
 
-    def _sample(self, row: Mapping, rng: np.random.Generator, space: dict[str, np.ndarray]) -> dict:
+    def _sample(self, row: Mapping, number: int, rng: np.random.Generator, space: dict[str, np.ndarray]) -> dict:
         inputs, targets, is_mirrored = self.choose(row, rng)
         pictures = space | {"inputs": space["inputs"][: len(inputs)]}
         captions = row["captions"]
         sample = pictures | {"captions": [captions[i] for i in targets]}
         sample |= self.read(row, inputs, targets, pictures)
+        cached = {name: ways[is_mirrored].read(number, targets) for name, ways in self.latents.items()}
         if is_mirrored:
             sample = mirrored(sample)
             for name, kept in pictures.items():
                 kept[:] = sample.pop(name)
         rest = {name: value for name, value in sample.items() if name not in pictures}
-        return rest | {"num_inputs": len(inputs), "identity_id": row["identity_id"]}
+        return rest | cached | {"num_inputs": len(inputs), "identity_id": row["identity_id"]}
 
     def read(
         self, row: Mapping, inputs: np.ndarray, targets: np.ndarray, pictures: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Fills `pictures`: inputs and targets uint8 (n, size, size, 3), masks bool; returns the landmarks if asked for."""
+        """Fills `pictures`: inputs and targets uint8 (n, size, size, 3), masks bool, the last two where they are in it;
+        returns the landmarks if asked for."""
         images, masks, landmarks = row["images"], row["masks"], row["landmarks"]
-        for name, numbers in (("inputs", inputs), ("targets", targets)):
-            for i, out in zip(numbers, pictures[name], strict=True):
+        for i, out in zip(inputs, pictures["inputs"], strict=True):
+            decode_image(images[i], self.size, out)
+        if "targets" in pictures:
+            for i, out, mask in zip(targets, pictures["targets"], pictures["masks"], strict=True):
                 decode_image(images[i], self.size, out)
-        for i, out in zip(targets, pictures["masks"], strict=True):
-            out[:] = decode_mask(masks[i], self.size)
+                mask[:] = decode_mask(masks[i], self.size)
         if not self.landmarks:
             return {}
         return {"landmarks": np.stack([scaled_landmarks(landmarks[i], images[i], self.size) for i in targets])}
@@ -186,9 +205,13 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(tensors, out=_empty(len(tensors), *tensors[0].shape, dtype=tensors[0].dtype))
+
+
 def mirrored(sample: dict) -> dict:
     """A sample with all photos of the person mirrored and left and right exchanged in captions and landmarks."""
-    flipped = {name: sample[name][:, :, ::-1] for name in ("inputs", "targets", "masks")}
+    flipped = {name: sample[name][:, :, ::-1] for name in ("inputs", "targets", "masks") if name in sample}
     if "landmarks" in sample:
         flipped["landmarks"] = mirror_landmarks(sample["landmarks"], sample["targets"].shape[2])
     captions = [re.sub(r"\b(left|right)\b", _other_side, caption) for caption in sample["captions"]]

@@ -79,16 +79,20 @@ def attention_modules(transformer: nn.Module) -> list[nn.Module]:
     return [block.attn for block in blocks]
 
 
-def load_base(path: str | Path, dtype: torch.dtype = torch.float32):
-    """A diffusers `FluxPipeline` from a folder or hub name, without progress bars.
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+def load_base(path: str | Path, dtype: torch.dtype = torch.float32, with_text: bool = True):
+    """A diffusers `FluxPipeline` from a folder or hub name, without progress bars; its `TEXT_PARTS` only `with_text`.
 
     Raises OmniIDError when it cannot be loaded.
     """
     from diffusers import FluxPipeline
 
+    left_out = {} if with_text else dict.fromkeys(TEXT_PARTS)
     try:
         with _quiet_loading():
-            pipeline = FluxPipeline.from_pretrained(str(path), dtype=dtype)
+            pipeline = FluxPipeline.from_pretrained(str(path), dtype=dtype, **left_out)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OmniIDError(
@@ -160,8 +164,17 @@ def encode_images(vae: nn.Module, images: Tensor) -> Tensor:
 
     A variational autoencoder gives its mean.
     """
+    return normalise_latents(vae, raw_latents(vae, images))
+
+
+def raw_latents(vae: nn.Module, images: Tensor) -> Tensor:
+    """What the autoencoder makes of images as in `encode_images`, in its own scale and dtype."""
     encoded = vae.encode(images)
-    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+
+
+def normalise_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Raw latents (B, C, h, w) as float32 in the scale that the transformer sees."""
     return (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
 
 

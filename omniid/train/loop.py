@@ -30,6 +30,7 @@ from omniid.train.compiling import compile_blocks
 from omniid.train.costs import PLANNED
 from omniid.train.draws import identity_generators
 from omniid.train.hardware import USABLE_MEMORY
+from omniid.train.latents import cached_latents, encode_targets
 from omniid.train.memory import recompute_blocks
 from omniid.train.optimizer import build_optimizer, check_optimizer
 from omniid.train.plan import choose_memory
@@ -131,6 +132,7 @@ class Trainer:
         self._build()
         self._prepare_folder(resume)
         size = preset.decoder.image_size if stage.name == "mtd" else preset.base.image_size
+        latents = self._cached_latents(train_rows, size)
         self.train_batches = self._batches(
             train_rows,
             size,
@@ -139,12 +141,17 @@ class Trainer:
             config.seed,
             config.steps * config.accumulation,
             config.mirror,
+            latents,
         )
         per_rank = self.accelerator.num_processes
         held_out = min(len(validation_rows), config.batch_identities) // per_rank * per_rank or per_rank
         n = config.num_validation_inputs
         # Another seed than training's; the same batch and the same noise at every validation.
         self.validation = self._batches(validation_rows, size, (n, n), held_out, config.seed + 1, 1)[0]
+        if latents:
+            with self._autocast():
+                self.validation.latents = encode_targets(self.validation, stage.vae, self.accelerator.device)
+            stage.drop_encoder()
 
     def _choose_memory(self, precision: str) -> str:
         """What is computed again in the backward pass; `auto` is said aloud, for it depends on the machine."""
@@ -352,12 +359,25 @@ class Trainer:
         weight = sums.pop("weight") or 1.0
         return {f"validation_{name}": value / weight for name, value in sums.items()}
 
-    def _batches(self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0) -> FewToManyBatches:
+    def _cached_latents(self, rows, size: int) -> dict:
+        """What training reads from the disk instead of computing it in every step, made where it is missing."""
+        if getattr(self.stage, "cache", None) is None:
+            return {}
+        accelerator, stage = self.accelerator, self.stage
+        return cached_latents(
+            stage.cached, stage.cache, stage.vae, rows, size, self.config.mirror, accelerator.device, self._autocast,
+            accelerator.process_index, accelerator.num_processes, self.progress,
+        )  # fmt: skip
+
+    def _batches(
+        self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0, latents=None
+    ) -> FewToManyBatches:
         accelerator = self.accelerator
         scenes = getattr(self.stage, "needs_scenes", False)
+        landmarks = getattr(self.stage, "needs_landmarks", False) and not latents
         return (SceneBatches if scenes else FewToManyBatches)(
             rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps, self.config.max_yaw, mirror,
-            accelerator.process_index, accelerator.num_processes, getattr(self.stage, "needs_landmarks", False),
+            accelerator.process_index, accelerator.num_processes, landmarks, latents,
         )  # fmt: skip
 
     def _loader(self, start: int):

@@ -15,6 +15,9 @@ from omniid.train.stopping import Stop
 from omniid.train.trackers import check_trackers
 from omniid.weights import weights_folder
 
+CACHING = ("flow", "control")
+"""Stages whose targets are photos as they are and whose prompt is fixed, so that what is made of them can be kept."""
+
 
 def run_stage(
     name: str,
@@ -85,6 +88,8 @@ def prepare(
     if config is None:
         raise ConfigError(f"preset {settings.name!r} has no [train.{name}]; take it from the preset mini or paper")
     check_optimizer(config, runs_on_cpu(device))
+    if config.cache_latents and name not in CACHING:
+        raise ConfigError(f"cache_latents is for the stages {' and '.join(CACHING)}; leave it out of [train.{name}]")
     weights = Path(weights or Path(run_folder) / "weights")
     rows = open_records(data, "train"), open_records(data, "validation")
     torch.manual_seed(config.seed)
@@ -97,7 +102,8 @@ def _stages(name, settings, weights, run_folder, config, start):
     import dataclasses
 
     if name != "base":
-        stage = _stage_class(name)(settings, *(() if name == "mtd" else (weights,)))
+        more = {"cache": Path(config.cache_folder or run_folder / "cache")} if config.cache_latents else {}
+        stage = _stage_class(name)(settings, *(() if name == "mtd" else (weights,)), **more)
         if start is not None:
             stage.load(start)
         yield stage, run_folder, config
