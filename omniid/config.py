@@ -162,6 +162,9 @@ class StageConfig:
     steps: int
     batch_identities: int
     """Identities of a global step, over all processes and micro-batches."""
+    tokens_per_batch: int = 0
+    """Other than 0: a step takes as many identities as these vision tower tokens of their inputs pay for on average, over
+    all processes and micro-batches; batch_identities then only bounds the validation batch."""
     accumulation: int = 1
     """Micro-batches of a step, one after another: less memory, the same gradient."""
     memory: str = "auto"
@@ -256,11 +259,12 @@ class StageConfig:
             self.identity_loss_weight == 0 or self.recogniser != "",
             "identity_loss_weight needs a recogniser, a file saved by torch.export.save",
         )
+        _require(self.tokens_per_batch >= 0, f"tokens_per_batch must not be negative, got {self.tokens_per_batch}")
         counts = ("steps", "batch_identities", "accumulation", "num_targets", "log_every", "save_every", "sample_every")
         for name in counts:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(
-            self.batch_identities % self.accumulation == 0,
+            self.tokens_per_batch > 0 or self.batch_identities % self.accumulation == 0,
             f"batch_identities {self.batch_identities} is not a multiple of accumulation {self.accumulation}",
         )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from omniid.data.latent_cache import LatentCache
+from omniid.data.photo_budget import PhotoBudget
 from omniid.data.records import RecordError, decode_image, decode_mask, read_row, scaled_landmarks
 from omniid.faces.landmarks import mirror_landmarks
 
@@ -61,9 +62,10 @@ class FewToManyBatches(torch.utils.data.Dataset):
     num_inputs: closed range of |X^s|, drawn per identity. num_targets: |X^r|. max_yaw: degrees beyond which photos are left
     out. mirror: share of identities shown mirrored, captions included. landmarks: whether batches hold them; records
     without the 66 points of `faces.landmarks` then count as damaged. rank, world_size: this process takes every
-    world_size-th identity of the global batch. latents: caches by the batch's field that they fill, of the photos as they
-    are and mirrored; targets and masks are then not read. Targets are photos that are not among the inputs while there
-    are enough.
+    world_size-th identity of the global batch. photos: other than 0, a global batch holds this many inputs on average instead
+    of `batch_identities` people, and each process its part of them (`PhotoBudget`). latents: caches by the batch's field that
+    they fill, of the photos as they are and mirrored; targets and masks are then not read. Targets are photos that are not
+    among the inputs while there are enough.
     """
 
     def __init__(
@@ -81,9 +83,11 @@ class FewToManyBatches(torch.utils.data.Dataset):
         world_size: int = 1,
         landmarks: bool = False,
         latents: Mapping[str, Sequence[LatentCache | None]] | None = None,
+        photos: int = 0,
     ):
-        if batch_identities % world_size:
-            raise RecordError(f"batch_identities {batch_identities} is not a multiple of the {world_size} processes")
+        if (photos or batch_identities) % world_size:
+            counted = f"{photos} photos" if photos else f"batch_identities {batch_identities}"
+            raise RecordError(f"{counted} is not a multiple of the {world_size} processes")
         # Converting a whole row would copy all photos of a person, of which few are shown.
         self.rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
         self.size, self.batch_identities = size, batch_identities
@@ -91,17 +95,18 @@ class FewToManyBatches(torch.utils.data.Dataset):
         self.max_yaw, self.mirror, self.landmarks = max_yaw, mirror, landmarks
         self.rank, self.world_size = rank, world_size
         self.latents = latents or {}
+        self.budget = PhotoBudget(num_inputs, photos // world_size, seed) if photos else None
         self._last_order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        first = step * self.batch_identities
-        places = range(first + self.rank, first + self.batch_identities, self.world_size)
+        places, sizes = self._places(step)
         count, photo = len(places), (self.size, self.size, 3)
         # Photos are decoded to where they stay: stacking them and moving them between processes took a third of the time.
-        inputs = _empty(count * self.num_inputs[1], *photo, dtype=torch.uint8)
+        most = count * self.num_inputs[1] if sizes is None else sum(sizes)
+        inputs = _empty(most, *photo, dtype=torch.uint8)
         shown = (0, 0, 3) if self.latents else photo
         targets = _empty(count, self.num_targets, *shown, dtype=torch.uint8)
         masks = _empty(count, self.num_targets, *shown[:2], dtype=torch.bool)
@@ -110,7 +115,8 @@ class FewToManyBatches(torch.utils.data.Dataset):
             space = {"inputs": inputs[bounds[-1] :]}
             if not self.latents:
                 space |= {"targets": targets[b], "masks": masks[b]}
-            people.append(self._identity(place, {name: tensor.numpy() for name, tensor in space.items()}))
+            space = {name: tensor.numpy() for name, tensor in space.items()}
+            people.append(self._identity(place, space, None if sizes is None else sizes[b]))
             bounds.append(bounds[-1] + people[-1]["num_inputs"])
         return Batch(
             inputs=inputs[: bounds[-1]].permute(0, 3, 1, 2),
@@ -125,8 +131,15 @@ class FewToManyBatches(torch.utils.data.Dataset):
             **{name: _stacked([one[name] for one in people]) for name in self.latents},
         )
 
-    def _identity(self, place: int, space: dict[str, np.ndarray]) -> dict:
-        """The sample at a place in the endless sequence of identities; a damaged one is replaced by its successor.
+    def _places(self, step: int) -> tuple[Sequence[int], list[int] | None]:
+        """Places of a step in the endless sequence of identities, and their numbers of inputs where these are not drawn."""
+        if self.budget is not None:
+            return self.budget.window(step * self.world_size + self.rank)
+        first = step * self.batch_identities
+        return range(first + self.rank, first + self.batch_identities, self.world_size), None
+
+    def _identity(self, place: int, space: dict[str, np.ndarray], num_inputs: int | None) -> dict:
+        """The sample at a place in the sequence; a damaged one is replaced by its successor.
 
         Photos and masks go into `space`; the rest is returned.
         """
@@ -136,7 +149,8 @@ class FewToManyBatches(torch.utils.data.Dataset):
             number = int(self._order(epoch)[(offset + attempt) % len(self.rows)])
             row = read_row(self.rows, number)
             try:
-                rest = self._sample(row, number, np.random.default_rng((self.seed, place, attempt)), space)
+                rng = np.random.default_rng((self.seed, place, attempt))
+                rest = self._sample(row, number, rng, space, num_inputs)
                 return {**rest, "skipped": skipped}
             except RecordError as error:
                 skipped.append(f"{row['identity_id']}: {error}")
@@ -147,10 +161,13 @@ class FewToManyBatches(torch.utils.data.Dataset):
             self._last_order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
         return self._last_order[1]
 
-    def choose(self, row: Mapping, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
+    def choose(
+        self, row: Mapping, rng: np.random.Generator, num_inputs: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
         """Numbers of the photos that are inputs and targets, and whether they are shown mirrored.
 
-        Raises RecordError for a row whose lists do not fit each other.
+        num_inputs: how many inputs are wished for, drawn if None; a person with few photos gets fewer. Raises RecordError
+        for a row whose lists do not fit each other.
         """
         count = len(row["images"])
         if count < 2 or any(len(row[name]) != count for name in ("masks", "captions", "pose")):
@@ -160,14 +177,18 @@ class FewToManyBatches(torch.utils.data.Dataset):
         # Of a person who never faces the camera the two least turned photos are kept.
         count = max(2, int((turned <= self.max_yaw).sum()))
         order = rng.permutation(np.argsort(turned, kind="stable")[:count])
-        low, high = self.num_inputs
-        num_inputs = min(int(rng.integers(low, high + 1)), count - 1)
+        num_inputs = min(self._num_inputs(rng, num_inputs), count - 1)
         # Others first; a person with few photos meets some inputs again among the targets.
         targets = np.resize(np.concatenate([order[num_inputs:], order[:num_inputs]]), self.num_targets)
         return order[:num_inputs], targets, rng.random() < self.mirror
 
-    def _sample(self, row: Mapping, number: int, rng: np.random.Generator, space: dict[str, np.ndarray]) -> dict:
-        inputs, targets, is_mirrored = self.choose(row, rng)
+    def _num_inputs(self, rng: np.random.Generator, wish: int | None) -> int:
+        low, high = self.num_inputs
+        drawn = int(rng.integers(low, high + 1))
+        return drawn if wish is None else wish
+
+    def _sample(self, row: Mapping, number: int, rng: np.random.Generator, space: dict, num_inputs: int | None) -> dict:
+        inputs, targets, is_mirrored = self.choose(row, rng, num_inputs)
         pictures = space | {"inputs": space["inputs"][: len(inputs)]}
         captions = row["captions"]
         sample = pictures | {"captions": [captions[i] for i in targets]}

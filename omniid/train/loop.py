@@ -26,6 +26,7 @@ from omniid.data.few_to_many import Batch, FewToManyBatches
 from omniid.data.scenes import SceneBatches
 from omniid.errors import OmniIDError
 from omniid.train import checkpoint as checkpoints
+from omniid.train.batch_size import photos_per_step, split_error
 from omniid.train.compiling import compile_blocks
 from omniid.train.costs import PLANNED
 from omniid.train.draws import identity_generators
@@ -142,6 +143,7 @@ class Trainer:
             config.steps * config.accumulation,
             config.mirror,
             latents,
+            photos_per_step(config, preset.tower) // config.accumulation,
         )
         per_rank = self.accelerator.num_processes
         held_out = min(len(validation_rows), config.batch_identities) // per_rank * per_rank or per_rank
@@ -176,11 +178,9 @@ class Trainer:
             raise TrainingError(
                 f"stage {self.stage.name} needs its batch in one piece: start it without torchrun and with accumulation=1"
             )
-        if config.batch_identities % parts:
-            raise TrainingError(
-                f"batch_identities {config.batch_identities} is not a multiple of {processes} processes x accumulation "
-                f"{config.accumulation}; change one of them, e.g. --set train.{self.stage.name}.batch_identities=N"
-            )
+        error = split_error(config, self.preset.tower, self.stage.name, processes, "processes")
+        if error is not None:
+            raise TrainingError(error)
 
     def _build(self) -> None:
         """What is trained, spread over the processes as configured, its optimizer and its average."""
@@ -370,14 +370,14 @@ class Trainer:
         )  # fmt: skip
 
     def _batches(
-        self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0, latents=None
+        self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0, latents=None, photos=0
     ) -> FewToManyBatches:
         accelerator = self.accelerator
         scenes = getattr(self.stage, "needs_scenes", False)
         landmarks = getattr(self.stage, "needs_landmarks", False) and not latents
         return (SceneBatches if scenes else FewToManyBatches)(
             rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps, self.config.max_yaw, mirror,
-            accelerator.process_index, accelerator.num_processes, landmarks, latents,
+            accelerator.process_index, accelerator.num_processes, landmarks, latents, photos,
         )  # fmt: skip
 
     def _loader(self, start: int):
