@@ -194,6 +194,8 @@ class StageConfig:
     ema_decay: float = 0.999
     precision: str = "auto"
     """fp32, bf16 for autocast, or auto: bf16 where the device multiplies it in hardware."""
+    base_precision: str = "auto"
+    """Flow, control and t2i stages: the frozen base's; auto is the precision of the run, nf4 holds its blocks in 4 bits."""
     timestep_sampling: str = "uniform"
     """Flow matching only: uniform (paper) or logit_normal."""
     timestep_shift: float = 1.0
@@ -234,6 +236,9 @@ class StageConfig:
         _require(1 <= low <= high, f"num_inputs must be a range like [1, 3], got {list(self.num_inputs)}")
         _require(
             self.precision in ("auto", "fp32", "bf16"), f"precision must be auto, fp32 or bf16, got {self.precision!r}"
+        )
+        _require(
+            self.base_precision in ("auto", "nf4"), f"base_precision must be auto or nf4, got {self.base_precision!r}"
         )
         _require(
             self.timestep_sampling in ("uniform", "logit_normal"),

@@ -54,7 +54,8 @@ def _stage_options(function):
         click.option(
             "--profile-data",
             is_flag=True,
-            help="Train 25 steps, print whether the loader or the model waits, and stop. Writes nothing.",
+            help="Train 25 steps, print whether the loader or the model waits, and stop. Writes nothing, but for latents "
+            "that are to be cached.",
         ),
         click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint in RUN."),
         click.option(
@@ -158,9 +159,10 @@ def control(**options) -> None:
 
 @train.command()
 @_stage_options
+@_plan_options
 def t2i(**options) -> None:
     """Text-to-image: the adapter learns scenes with captions from a face crop; all else is frozen (Sec. 4.3)."""
-    _run("t2i", **options)
+    _plan_or_run("t2i", **options)
 
 
 def _plan_or_run(name, only_plan, gpus, gpu, efficiency, price, **options) -> None:

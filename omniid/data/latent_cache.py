@@ -25,6 +25,7 @@ PHOTOS_PER_SHARD = 512
 """What a killed build does again; 67 MB of FLUX.1's latents at 512 px in bf16."""
 PHOTOS_AT_ONCE = 16
 FORMAT_VERSION = 1
+"""To be raised where the files change, or what is seen of a photo: its decoding, resizing or drawing."""
 SAMPLED_ROWS = 1024
 """Rows whose first photo is read to recognise a set."""
 

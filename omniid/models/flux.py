@@ -21,6 +21,7 @@ PIXELS_PER_TOKEN = 16
 """Side of the square of pixels that one image token stands for: 8x from the autoencoder, 2x from packing."""
 
 
+FLUX_1_DEV_NAME = "black-forest-labs/FLUX.1-dev"
 FLUX_1_DEV = {
     "transformer": {
         "in_channels": 64,
@@ -43,6 +44,24 @@ FLUX_1_DEV = {
         "use_post_quant_conv": False,
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
+    },
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "projection_dim": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+    },
+    "text_encoder_2": {
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
     },
 }
 """Sizes of FLUX.1-dev, so that its costs can be told without its files."""
@@ -115,7 +134,7 @@ def base_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
 
     folder = Path(config.path)
     with torch.device("meta"):
-        if config.path == "black-forest-labs/FLUX.1-dev":
+        if config.path == FLUX_1_DEV_NAME:
             return FluxTransformer2DModel(**FLUX_1_DEV["transformer"]), AutoencoderKL(**FLUX_1_DEV["vae"])
         if config.sizes is not None:
             return build_transformer(config.sizes), build_autoencoder(config.sizes)
@@ -123,7 +142,33 @@ def base_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
             sizes = [FluxTransformer2DModel.load_config(folder, subfolder=name) for name in ("transformer", "vae")]
             transformer, vae = (getattr(diffusers, one["_class_name"]).from_config(one) for one in sizes)
             return transformer, vae
-    raise OmniIDError(
+    raise _sizes_unknown(config)
+
+
+def text_encoders_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
+    """CLIP and T5 of a preset's base on the meta device, as `base_without_weights` gives the rest. Raises as it does."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    from omniid.data.synthetic import CAPTION_WORDS
+    from omniid.models.mini_base import build_base
+
+    folder = Path(config.path)
+    with torch.device("meta"):
+        if config.path == FLUX_1_DEV_NAME:
+            clip, t5 = CLIPTextConfig(**FLUX_1_DEV["text_encoder"]), T5Config(**FLUX_1_DEV["text_encoder_2"])
+        elif config.sizes is not None:
+            pipeline = build_base(config.sizes, config.max_sequence_length, CAPTION_WORDS, seed=0)
+            return pipeline.text_encoder, pipeline.text_encoder_2
+        elif (folder / "model_index.json").is_file():
+            clip = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+            t5 = T5Config.from_pretrained(folder / "text_encoder_2")
+        else:
+            raise _sizes_unknown(config)
+        return CLIPTextModel(clip), T5EncoderModel(t5)
+
+
+def _sizes_unknown(config: BaseConfig) -> OmniIDError:
+    return OmniIDError(
         f"the sizes of the base {config.path!r} are not known without its files; name its folder with --set base.path=FOLDER"
     )
 

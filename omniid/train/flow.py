@@ -12,10 +12,10 @@ from omniid.models.encoder import OmniIDEncoder, load_weights
 from omniid.models.flux import (
     TEXT_PARTS,
     embed_text,
+    encode_images,
     load_base,
     normalise_latents,
     predict_velocity,
-    raw_latents,
 )
 from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
 from omniid.models.landmark_controlnet import landmark_pictures
@@ -88,7 +88,7 @@ class FlowStage:
         """Latents (B * T, C, h, w) of the targets, computed where the batch does not bring them."""
         if batch.latents is not None:
             return normalise_latents(self.vae, batch.latents.flatten(0, 1))
-        return normalise_latents(self.vae, raw_latents(self.vae, batch.targets.flatten(0, 1)))
+        return encode_images(self.vae, batch.targets.flatten(0, 1))
 
     def _control(self, batch: Batch) -> Tensor | None:
         """Latents (B * T, C, h, w) of the targets' landmarks for the stage's ControlNet, if it has one."""
@@ -98,7 +98,7 @@ class FlowStage:
             return normalise_latents(self.vae, batch.control_latents.flatten(0, 1))
         points = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])
         pictures = landmark_pictures(points, batch.targets.shape[-1]).to(batch.targets.device)
-        return normalise_latents(self.vae, raw_latents(self.vae, pictures))
+        return encode_images(self.vae, pictures)
 
     def drop_encoder(self) -> None:
         """Lets the autoencoder's encoding half go, once batches bring their latents."""

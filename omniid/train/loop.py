@@ -25,10 +25,10 @@ from omniid.config import Preset, StageConfig, preset_to_toml
 from omniid.data.few_to_many import Batch, FewToManyBatches
 from omniid.data.scenes import SceneBatches
 from omniid.errors import OmniIDError
+from omniid.models.frozen_precision import quantize_frozen
 from omniid.train import checkpoint as checkpoints
 from omniid.train.batch_size import photos_per_step, split_error
 from omniid.train.compiling import compile_blocks
-from omniid.train.costs import PLANNED
 from omniid.train.draws import identity_generators
 from omniid.train.hardware import USABLE_MEMORY
 from omniid.train.latents import cached_latents, encode_targets
@@ -120,8 +120,9 @@ class Trainer:
         self.is_main = self.accelerator.is_main_process
         self._check_split()
         self.memory = self._choose_memory(precision)
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         for frozen in stage.frozen:
-            frozen.to(torch.float32 if precision == "fp32" else torch.bfloat16)
+            quantize_frozen(frozen, config.base_precision, dtype, self.accelerator.device)
         for module in (stage.model, *stage.frozen):
             if config.compile:
                 compile_blocks(module)
@@ -165,10 +166,7 @@ class Trainer:
             self.stage.name, self.preset, self.config, precision, self.accelerator.num_processes, usable
         )
         if self.is_main and self.progress:
-            reason = (
-                f"by the plan for {usable / 1e9:.0f} GB" if self.stage.name in PLANNED else "for this stage has no plan"
-            )
-            tqdm.write(f"memory: {mode}, {reason}", file=sys.stderr)
+            tqdm.write(f"memory: {mode}, by the plan for {usable / 1e9:.0f} GB", file=sys.stderr)
         return mode
 
     def _check_split(self) -> None:

@@ -11,10 +11,14 @@ from pathlib import Path
 
 from omniid.config import ConfigError, Preset, StageConfig, TowerConfig, load_preset
 from omniid.errors import OmniIDError
+from omniid.models.frozen_precision import BYTES
 from omniid.train.batch_size import divisible_size, identities_per_step, split_error
-from omniid.train.costs import PLANNED, Part, count_costs, flops_of_all_rows
+from omniid.train.costs import Part, count_costs, flops_of_all_rows
 from omniid.train.hardware import EFFICIENCY, GPUS, MATMUL_SHARE, USABLE_MEMORY
 from omniid.train.memory import MODES
+
+NARROW_PARTS = ("base", "text", "controlnet")
+"""Where they are frozen they run in `base_precision` (`Stage.frozen`); encoder and autoencoder stay in fp32."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -95,7 +99,7 @@ def plan_stage(
     efficiency: float = EFFICIENCY,
     price_per_gpu_hour: float | None = None,
 ) -> Plan:
-    """The plan of a stage of `costs.PLANNED`. Nothing is loaded: the models are built on the meta device.
+    """The plan of a stage. Nothing is loaded: the models are built on the meta device.
 
     efficiency: share of the ceiling for products (`Gpu.ceiling`) that a step reaches. Raises OmniIDError where the sizes of
     the base are not known or identities cannot be shared out evenly.
@@ -160,9 +164,7 @@ def fitting_mode(memory: dict[str, Memory], usable: float) -> str:
 
 
 def choose_memory(stage: str, preset: Preset, config: StageConfig, precision: str, num_gpus: int, usable: float) -> str:
-    """The memory mode that `auto` stands for on GPUs with `usable` bytes; stages without a plan keep everything."""
-    if stage not in PLANNED:
-        return "none"
+    """The memory mode that `auto` stands for on GPUs with `usable` bytes."""
     return fitting_mode(_costs_and_memory(stage, preset, config, precision, num_gpus)[1], usable)
 
 
@@ -182,7 +184,7 @@ def memory_of(
     again."""
     trained = sum(part.parameters for part in parts if part.is_trained)
     narrow = 0 if precision == "fp32" else 2
-    frozen = sum(part.parameters * (narrow or 4 if part.name == "base" else 4) for part in parts if not part.is_trained)
+    frozen = sum(_frozen_bytes(part, narrow or 4, config.base_precision) for part in parts if not part.is_trained)
     shards = num_gpus if config.sharding == "fsdp2" else 1
     identities = identities / (num_gpus * config.accumulation)
     again = [
@@ -198,6 +200,14 @@ def memory_of(
         gathered=0.0 if num_gpus == 1 else trained * (8 if shards > 1 else 4),
         activations=identities * (sum(part.kept_bytes for part in parts) + max(again, default=0.0)),
     )
+
+
+def _frozen_bytes(part: Part, width: int, base_precision: str) -> float:
+    """Of a frozen part's weights in a run whose own take `width` bytes."""
+    if part.name not in NARROW_PARTS:
+        return 4 * part.parameters
+    narrowed = 0 if base_precision == "auto" else part.quantizable
+    return width * (part.parameters - narrowed) + BYTES.get(base_precision, 0) * narrowed
 
 
 def _fitting_accumulation(

@@ -1,5 +1,6 @@
 """One stage from a preset's name and folders: what `omniid train` calls."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from omniid.config import ConfigError, Preset, load_preset
 from omniid.data.records import open_records
 from omniid.hub import check_push, push_weights
+from omniid.models.frozen_precision import check_frozen_precision
 from omniid.train.loop import RunResult, Trainer
 from omniid.train.optimizer import check_optimizer
 from omniid.train.precision import runs_on_cpu
@@ -88,6 +90,11 @@ def prepare(
     if config is None:
         raise ConfigError(f"preset {settings.name!r} has no [train.{name}]; take it from the preset mini or paper")
     check_optimizer(config, runs_on_cpu(device))
+    if config.base_precision != "auto" and name in ("base", "mtd"):
+        raise ConfigError(f"base_precision is for stages with a frozen base; leave it out of [train.{name}]")
+    # Before the base is loaded, and on the device that this process will get.
+    own = "cpu" if runs_on_cpu(device) else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    check_frozen_precision(config.base_precision, own)
     if config.cache_latents and name not in CACHING:
         raise ConfigError(f"cache_latents is for the stages {' and '.join(CACHING)}; leave it out of [train.{name}]")
     weights = Path(weights or Path(run_folder) / "weights")
