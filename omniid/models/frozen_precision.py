@@ -4,7 +4,7 @@
     nf4    linear layers of the blocks hold 4-bit weights (QLoRA's NormalFloat, blocks of 64, scales in 8 bits) and are
            widened as they multiply: a quarter of bf16's memory, by bitsandbytes
 
-Another precision is another entry of `PRECISIONS` and another branch of `check_frozen_precision` and `quantize_frozen`.
+Another precision is a branch of `check_frozen_precision` and `quantize_frozen`, its `BYTES`, and a word in `StageConfig`.
 """
 
 import importlib.util
@@ -15,7 +15,6 @@ from torch import nn
 
 from omniid.errors import OmniIDError
 
-PRECISIONS = ("auto", "nf4")
 BYTES = {"nf4": 0.5 + (1 + 4 / 256) / 64}
 """Of a weight: four bits, its share of an 8-bit scale for 64, and of a 32-bit scale for 256 of those."""
 KEPT = ("wo",)
@@ -39,9 +38,9 @@ def check_frozen_precision(precision: str, device: str | torch.device) -> None:
         quantize_frozen(layer, precision, torch.float32, device)
         layer[0](torch.ones(1, 64, device=device, requires_grad=True)).sum().backward()
     except Exception as error:  # bitsandbytes and CUDA raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FrozenPrecisionError(
-            f"base_precision nf4 does not run on {device} ({str(error).strip().splitlines()[0]}); "
-            "take base_precision=auto or another device"
+            f"base_precision nf4 does not run on {device} ({reason}); take base_precision=auto or another device"
         ) from error
 
 
