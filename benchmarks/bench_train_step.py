@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from harness import DEVICE, command_line, report, time_in_turn
 from torch import Tensor, nn
 
-from omniid.config import Preset, load_preset
+from omniid.config import ConfigError, Preset, load_preset
 from omniid.data.few_to_many import Batch
 from omniid.kernels.fp8_rows import FIRST_WITH_FP8
 from omniid.kernels.patch_l1 import patch_l1_reference
@@ -228,7 +228,10 @@ if options.device == "cuda" and not torch.cuda.is_available():
     print(f"{theme}: not measured, for --device cuda needs a GPU and a CUDA build of torch")
     print(json.dumps({"theme": theme, "rows": [], "not measured": "no CUDA device"}))
     sys.exit()
-preset = load_preset(options.preset)
+try:
+    preset = load_preset(options.preset)
+except ConfigError as error:
+    parser.error(str(error))
 preset = dataclasses.replace(preset, tower=dataclasses.replace(preset.tower, pretrained=""))
 num_identities = options.identities or (16 if options.preset == "mini" else 32)
 dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[choose_precision("auto", options.device == "cpu")]

@@ -162,6 +162,9 @@ class StageConfig:
     steps: int
     batch_identities: int
     """Identities of a global step, over all processes and micro-batches."""
+    tokens_per_batch: int = 0
+    """Other than 0: a step takes as many identities as these vision tower tokens of their inputs pay for on average, over
+    all processes and micro-batches; batch_identities then only bounds the validation batch."""
     accumulation: int = 1
     """Micro-batches of a step, one after another: less memory, the same gradient."""
     memory: str = "auto"
@@ -194,6 +197,8 @@ class StageConfig:
     ema_decay: float = 0.999
     precision: str = "auto"
     """fp32, bf16 for autocast, or auto: bf16 where the device multiplies it in hardware."""
+    base_precision: str = "auto"
+    """Flow, control and t2i stages: the frozen base's; auto is the precision of the run, nf4 holds its blocks in 4 bits."""
     timestep_sampling: str = "uniform"
     """Flow matching only: uniform (paper) or logit_normal."""
     timestep_shift: float = 1.0
@@ -203,6 +208,11 @@ class StageConfig:
     encoder_lr_scale: float = 1.0
     """Mtd and flow stages only: the encoder's learning rate relative to the decoder's or adapter's; 0 freezes it and saves
     its backward."""
+    cache_latents: bool = False
+    """Flow and control stages only: latents of all photos and the prompt's embedding are computed once and kept on disk; no
+    step runs the autoencoder's encoder or reads target photos. Worth it where photos are seen many times."""
+    cache_folder: str = ""
+    """Where they are kept, for all runs that name it; empty means RUN/cache."""
     conditioning_dropout: float = 0.0
     """Base and t2i stages only: share of captions replaced by the empty prompt."""
     control_double_blocks: int = 4
@@ -232,6 +242,9 @@ class StageConfig:
             self.precision in ("auto", "fp32", "bf16"), f"precision must be auto, fp32 or bf16, got {self.precision!r}"
         )
         _require(
+            self.base_precision in ("auto", "nf4"), f"base_precision must be auto or nf4, got {self.base_precision!r}"
+        )
+        _require(
             self.timestep_sampling in ("uniform", "logit_normal"),
             f"timestep_sampling must be uniform or logit_normal, got {self.timestep_sampling!r}",
         )
@@ -255,11 +268,12 @@ class StageConfig:
             self.identity_loss_weight == 0 or self.recogniser != "",
             "identity_loss_weight needs a recogniser, a file saved by torch.export.save",
         )
+        _require(self.tokens_per_batch >= 0, f"tokens_per_batch must not be negative, got {self.tokens_per_batch}")
         counts = ("steps", "batch_identities", "accumulation", "num_targets", "log_every", "save_every", "sample_every")
         for name in counts:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _require(
-            self.batch_identities % self.accumulation == 0,
+            self.tokens_per_batch > 0 or self.batch_identities % self.accumulation == 0,
             f"batch_identities {self.batch_identities} is not a multiple of accumulation {self.accumulation}",
         )
 

@@ -39,6 +39,13 @@ def _stage_options(function):
             "Same as --set train.STAGE.memory.",
         ),
         click.option(
+            "--tokens-per-batch",
+            "tokens",
+            type=click.IntRange(1),
+            help="Fill steps with identities until their inputs cost this many tokens of the vision tower, instead of taking "
+            "a fixed number of them. Same as --set train.STAGE.tokens_per_batch.",
+        ),
+        click.option(
             "--shard",
             is_flag=True,
             help="Under torchrun, spread weights and optimizer state over the processes (FSDP2) instead of copying them. "
@@ -47,7 +54,8 @@ def _stage_options(function):
         click.option(
             "--profile-data",
             is_flag=True,
-            help="Train 25 steps, print whether the loader or the model waits, and stop. Writes nothing.",
+            help="Train 25 steps, print whether the loader or the model waits, and stop. Writes nothing, but for latents "
+            "that are to be cached.",
         ),
         click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint in RUN."),
         click.option(
@@ -151,9 +159,10 @@ def control(**options) -> None:
 
 @train.command()
 @_stage_options
+@_plan_options
 def t2i(**options) -> None:
     """Text-to-image: the adapter learns scenes with captions from a face crop; all else is frozen (Sec. 4.3)."""
-    _run("t2i", **options)
+    _plan_or_run("t2i", **options)
 
 
 def _plan_or_run(name, only_plan, gpus, gpu, efficiency, price, **options) -> None:
@@ -175,10 +184,10 @@ def _plan_or_run(name, only_plan, gpus, gpu, efficiency, price, **options) -> No
     click.echo(json.dumps(plan.to_dict()) if options["as_json"] else plan_text(plan))
 
 
-def _overrides(name, overrides, memory, shard, **unused) -> list[str]:
-    """What `--set`, `--memory` and `--shard` change."""
-    more = [] if memory is None else [f"train.{name}.memory={memory}"]
-    return [*overrides, *more, *([f"train.{name}.sharding=fsdp2"] if shard else [])]
+def _overrides(name, overrides, memory, tokens, shard, **unused) -> list[str]:
+    """What `--set`, `--memory`, `--tokens-per-batch` and `--shard` change."""
+    wishes = {"memory": memory, "tokens_per_batch": tokens, "sharding": "fsdp2" if shard else None}
+    return [*overrides, *(f"train.{name}.{key}={value}" for key, value in wishes.items() if value is not None)]
 
 
 def _run(
@@ -189,6 +198,7 @@ def _run(
     weights_folder,
     start_from,
     memory,
+    tokens,
     shard,
     profile_data,
     resume,
@@ -214,7 +224,7 @@ def _run(
             as_json=as_json,
             weights=weights_folder,
             start_from=start_from,
-            overrides=_overrides(name, overrides, memory, shard),
+            overrides=_overrides(name, overrides, memory, tokens, shard),
             device=device,
             progress=not quiet,
         )
@@ -229,7 +239,7 @@ def _run(
         weights=weights_folder,
         start_from=start_from,
         resume=resume,
-        overrides=_overrides(name, overrides, memory, shard),
+        overrides=_overrides(name, overrides, memory, tokens, shard),
         device=device,
         progress=not quiet,
         trackers=trackers,

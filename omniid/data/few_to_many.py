@@ -6,13 +6,15 @@ the number of loader processes changes nothing.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from omniid.data.latent_cache import LatentCache
+from omniid.data.photo_budget import PhotoBudget
 from omniid.data.records import RecordError, decode_image, decode_mask, read_row, scaled_landmarks
 from omniid.faces.landmarks import mirror_landmarks
 
@@ -26,9 +28,9 @@ class Batch:
     cu_inputs: Tensor
     """(B + 1) int32: identity b owns inputs[cu_inputs[b]:cu_inputs[b + 1]]."""
     targets: Tensor
-    """(B, T, 3, H, W), as `inputs`."""
+    """(B, T, 3, H, W), as `inputs`; where `latents` stand for them, (B, T, 3, 0, 0)."""
     masks: Tensor
-    """(B, T, H, W) bool: face pixels of the targets."""
+    """(B, T, H, W) bool: face pixels of the targets, if these are there."""
     captions: list[list[str]]
     """T captions for each identity."""
     identity_ids: list[str]
@@ -38,13 +40,19 @@ class Batch:
     """Identities that were damaged and replaced, with the reason."""
     landmarks: np.ndarray | None = None
     """(B, T, 66, 2) of the targets in pixels, where asked for."""
+    latents: Tensor | None = None
+    """(B, T, C, h, w) of the targets as their autoencoder gave them, from a `LatentCache`."""
+    control_latents: Tensor | None = None
+    """As `latents`, of the pictures of the targets' landmarks."""
 
     def to_device(self, device: torch.device) -> "Batch":
         """A copy on `device` with photos as float32 in [-1, 1]."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("inputs", "targets"):
             values[name] = values[name].to(device, non_blocking=True).float().div_(127.5).sub_(1)
-        values["masks"] = self.masks.to(device, non_blocking=True)
+        for name in ("masks", "latents", "control_latents"):
+            if values[name] is not None:
+                values[name] = values[name].to(device, non_blocking=True)
         return Batch(**values)
 
 
@@ -54,7 +62,10 @@ class FewToManyBatches(torch.utils.data.Dataset):
     num_inputs: closed range of |X^s|, drawn per identity. num_targets: |X^r|. max_yaw: degrees beyond which photos are left
     out. mirror: share of identities shown mirrored, captions included. landmarks: whether batches hold them; records
     without the 66 points of `faces.landmarks` then count as damaged. rank, world_size: this process takes every
-    world_size-th identity of the global batch. Targets are photos that are not among the inputs while there are enough.
+    world_size-th identity of the global batch. photos: other than 0, a global batch holds this many inputs on average instead
+    of `batch_identities` people, and each process its part of them (`PhotoBudget`). latents: caches by the batch's field that
+    they fill, of the photos as they are and mirrored; targets and masks are then not read. Targets are photos that are not
+    among the inputs while there are enough.
     """
 
     def __init__(
@@ -71,32 +82,41 @@ class FewToManyBatches(torch.utils.data.Dataset):
         rank: int = 0,
         world_size: int = 1,
         landmarks: bool = False,
+        latents: Mapping[str, Sequence[LatentCache | None]] | None = None,
+        photos: int = 0,
     ):
-        if batch_identities % world_size:
-            raise RecordError(f"batch_identities {batch_identities} is not a multiple of the {world_size} processes")
+        if (photos or batch_identities) % world_size:
+            counted = f"{photos} photos" if photos else f"batch_identities {batch_identities}"
+            raise RecordError(f"{counted} is not a multiple of the {world_size} processes")
         # Converting a whole row would copy all photos of a person, of which few are shown.
         self.rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
         self.size, self.batch_identities = size, batch_identities
         self.num_inputs, self.num_targets, self.seed, self.steps = num_inputs, num_targets, seed, steps
         self.max_yaw, self.mirror, self.landmarks = max_yaw, mirror, landmarks
         self.rank, self.world_size = rank, world_size
+        self.latents = latents or {}
+        self.budget = PhotoBudget(num_inputs, photos // world_size, seed) if photos else None
         self._last_order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        first = step * self.batch_identities
-        places = range(first + self.rank, first + self.batch_identities, self.world_size)
+        places, sizes = self._places(step)
         count, photo = len(places), (self.size, self.size, 3)
         # Photos are decoded to where they stay: stacking them and moving them between processes took a third of the time.
-        inputs = _empty(count * self.num_inputs[1], *photo, dtype=torch.uint8)
-        targets = _empty(count, self.num_targets, *photo, dtype=torch.uint8)
-        masks = _empty(count, self.num_targets, *photo[:2], dtype=torch.bool)
+        most = count * self.num_inputs[1] if sizes is None else sum(sizes)
+        inputs = _empty(most, *photo, dtype=torch.uint8)
+        shown = (0, 0, 3) if self.latents else photo
+        targets = _empty(count, self.num_targets, *shown, dtype=torch.uint8)
+        masks = _empty(count, self.num_targets, *shown[:2], dtype=torch.bool)
         people, bounds = [], [0]
         for b, place in enumerate(places):
-            space = {"inputs": inputs[bounds[-1] :], "targets": targets[b], "masks": masks[b]}
-            people.append(self._identity(place, {name: tensor.numpy() for name, tensor in space.items()}))
+            space = {"inputs": inputs[bounds[-1] :]}
+            if not self.latents:
+                space |= {"targets": targets[b], "masks": masks[b]}
+            space = {name: tensor.numpy() for name, tensor in space.items()}
+            people.append(self._identity(place, space, None if sizes is None else sizes[b]))
             bounds.append(bounds[-1] + people[-1]["num_inputs"])
         return Batch(
             inputs=inputs[: bounds[-1]].permute(0, 3, 1, 2),
@@ -108,19 +128,29 @@ class FewToManyBatches(torch.utils.data.Dataset):
             places=list(places),
             skipped=[text for one in people for text in one["skipped"]],
             landmarks=np.stack([one["landmarks"] for one in people]) if self.landmarks else None,
+            **{name: _stacked([one[name] for one in people]) for name in self.latents},
         )
 
-    def _identity(self, place: int, space: dict[str, np.ndarray]) -> dict:
-        """The sample at a place in the endless sequence of identities; a damaged one is replaced by its successor.
+    def _places(self, step: int) -> tuple[Sequence[int], list[int] | None]:
+        """Places of a step in the endless sequence of identities, and their numbers of inputs where these are not drawn."""
+        if self.budget is not None:
+            return self.budget.window(step * self.world_size + self.rank)
+        first = step * self.batch_identities
+        return range(first + self.rank, first + self.batch_identities, self.world_size), None
+
+    def _identity(self, place: int, space: dict[str, np.ndarray], num_inputs: int | None) -> dict:
+        """The sample at a place in the sequence; a damaged one is replaced by its successor.
 
         Photos and masks go into `space`; the rest is returned.
         """
         skipped = []
         for attempt in range(min(len(self.rows), 20)):
             epoch, offset = divmod(place, len(self.rows))
-            row = read_row(self.rows, int(self._order(epoch)[(offset + attempt) % len(self.rows)]))
+            number = int(self._order(epoch)[(offset + attempt) % len(self.rows)])
+            row = read_row(self.rows, number)
             try:
-                rest = self._sample(row, np.random.default_rng((self.seed, place, attempt)), space)
+                rng = np.random.default_rng((self.seed, place, attempt))
+                rest = self._sample(row, number, rng, space, num_inputs)
                 return {**rest, "skipped": skipped}
             except RecordError as error:
                 skipped.append(f"{row['identity_id']}: {error}")
@@ -131,10 +161,13 @@ class FewToManyBatches(torch.utils.data.Dataset):
             self._last_order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
         return self._last_order[1]
 
-    def choose(self, row: Mapping, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
+    def choose(
+        self, row: Mapping, rng: np.random.Generator, num_inputs: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
         """Numbers of the photos that are inputs and targets, and whether they are shown mirrored.
 
-        Raises RecordError for a row whose lists do not fit each other.
+        num_inputs: how many inputs are wished for, drawn if None; a person with few photos gets fewer. Raises RecordError
+        for a row whose lists do not fit each other.
         """
         count = len(row["images"])
         if count < 2 or any(len(row[name]) != count for name in ("masks", "captions", "pose")):
@@ -144,35 +177,42 @@ class FewToManyBatches(torch.utils.data.Dataset):
         # Of a person who never faces the camera the two least turned photos are kept.
         count = max(2, int((turned <= self.max_yaw).sum()))
         order = rng.permutation(np.argsort(turned, kind="stable")[:count])
-        low, high = self.num_inputs
-        num_inputs = min(int(rng.integers(low, high + 1)), count - 1)
+        num_inputs = min(self._num_inputs(rng, num_inputs), count - 1)
         # Others first; a person with few photos meets some inputs again among the targets.
         targets = np.resize(np.concatenate([order[num_inputs:], order[:num_inputs]]), self.num_targets)
         return order[:num_inputs], targets, rng.random() < self.mirror
 
-    def _sample(self, row: Mapping, rng: np.random.Generator, space: dict[str, np.ndarray]) -> dict:
-        inputs, targets, is_mirrored = self.choose(row, rng)
+    def _num_inputs(self, rng: np.random.Generator, wish: int | None) -> int:
+        low, high = self.num_inputs
+        drawn = int(rng.integers(low, high + 1))
+        return drawn if wish is None else wish
+
+    def _sample(self, row: Mapping, number: int, rng: np.random.Generator, space: dict, num_inputs: int | None) -> dict:
+        inputs, targets, is_mirrored = self.choose(row, rng, num_inputs)
         pictures = space | {"inputs": space["inputs"][: len(inputs)]}
         captions = row["captions"]
         sample = pictures | {"captions": [captions[i] for i in targets]}
         sample |= self.read(row, inputs, targets, pictures)
+        cached = {name: ways[is_mirrored].read(number, targets) for name, ways in self.latents.items()}
         if is_mirrored:
             sample = mirrored(sample)
             for name, kept in pictures.items():
                 kept[:] = sample.pop(name)
         rest = {name: value for name, value in sample.items() if name not in pictures}
-        return rest | {"num_inputs": len(inputs), "identity_id": row["identity_id"]}
+        return rest | cached | {"num_inputs": len(inputs), "identity_id": row["identity_id"]}
 
     def read(
         self, row: Mapping, inputs: np.ndarray, targets: np.ndarray, pictures: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Fills `pictures`: inputs and targets uint8 (n, size, size, 3), masks bool; returns the landmarks if asked for."""
+        """Fills `pictures`: inputs and targets uint8 (n, size, size, 3), masks bool, the last two where they are in it;
+        returns the landmarks if asked for."""
         images, masks, landmarks = row["images"], row["masks"], row["landmarks"]
-        for name, numbers in (("inputs", inputs), ("targets", targets)):
-            for i, out in zip(numbers, pictures[name], strict=True):
+        for i, out in zip(inputs, pictures["inputs"], strict=True):
+            decode_image(images[i], self.size, out)
+        if "targets" in pictures:
+            for i, out, mask in zip(targets, pictures["targets"], pictures["masks"], strict=True):
                 decode_image(images[i], self.size, out)
-        for i, out in zip(targets, pictures["masks"], strict=True):
-            out[:] = decode_mask(masks[i], self.size)
+                mask[:] = decode_mask(masks[i], self.size)
         if not self.landmarks:
             return {}
         return {"landmarks": np.stack([scaled_landmarks(landmarks[i], images[i], self.size) for i in targets])}
@@ -186,9 +226,13 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(tensors, out=_empty(len(tensors), *tensors[0].shape, dtype=tensors[0].dtype))
+
+
 def mirrored(sample: dict) -> dict:
     """A sample with all photos of the person mirrored and left and right exchanged in captions and landmarks."""
-    flipped = {name: sample[name][:, :, ::-1] for name in ("inputs", "targets", "masks")}
+    flipped = {name: sample[name][:, :, ::-1] for name in ("inputs", "targets", "masks") if name in sample}
     if "landmarks" in sample:
         flipped["landmarks"] = mirror_landmarks(sample["landmarks"], sample["targets"].shape[2])
     captions = [re.sub(r"\b(left|right)\b", _other_side, caption) for caption in sample["captions"]]

@@ -26,7 +26,9 @@ class SceneBatches(FewToManyBatches):
         super().__init__(*arguments, **named)
         self.landmarks = True
 
-    def choose(self, row: Mapping, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
+    def choose(
+        self, row: Mapping, rng: np.random.Generator, num_inputs: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
         names = ("masks", "captions", "pose", "landmarks")
         count = len(row["images"])
         if count < 1 or any(len(row[name]) != count for name in names):
@@ -34,8 +36,7 @@ class SceneBatches(FewToManyBatches):
             raise RecordError(f"expected an image or more and as many of the rest, found {count} images, {lengths}")
         turned = np.abs([pose[0] for pose in row["pose"]])
         order = rng.permutation(np.argsort(turned, kind="stable")[: max(1, int((turned <= self.max_yaw).sum()))])
-        low, high = self.num_inputs
-        inputs = order[: int(rng.integers(low, high + 1))]
+        inputs = order[: self._num_inputs(rng, num_inputs)]
         return inputs, np.resize(order, self.num_targets), rng.random() < self.mirror
 
     def read(

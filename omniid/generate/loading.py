@@ -36,6 +36,7 @@ def load_generator(
     Raises OmniIDError when weights are missing or do not belong together, GenerateError for what this device cannot run.
     """
     from omniid.models.flux import load_base
+    from omniid.models.fp8 import freeze_in_fp8
     from omniid.models.identity_adapter import IdentityAdapter
     from omniid.models.landmark_controlnet import load_landmark_controlnet
 
@@ -58,6 +59,8 @@ def load_generator(
     beside = folder / "controlnet"
     if controlnet is not None or (beside.is_dir() and base is None):
         control = load_landmark_controlnet(controlnet or beside, pipeline.transformer, placement.dtype).to(device)
+    if placement.precision == "fp8":
+        freeze_in_fp8(pipeline.transformer)
     _place(pipeline, placement, device)
     defaults = GenerateDefaults(
         image_size=preset.image_size,

@@ -23,6 +23,7 @@ from omniid.models.flux import (
     run_flux,
     text_encoders_without_weights,
 )
+from omniid.models.fp8 import block_linears
 from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
 
 BF16, FP8, NF4 = 2.0, 1.0, 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -102,7 +103,7 @@ def plan_generation(
     config = dataclasses.replace(paper.base, path=str(base), sizes=None)
     try:
         transformer, vae = base_without_weights(config)
-        clip, t5, text_length = text_encoders_without_weights(config)
+        clip, t5 = text_encoders_without_weights(config)
     except OmniIDError as error:
         raise GenerateError(
             f"the sizes of the base {str(base)!r} are not known without its files; fetch it and name its folder with --base"
@@ -111,7 +112,7 @@ def plan_generation(
     with torch.device("meta"):
         adapter = IdentityAdapter.for_transformer(transformer, width)
         kv = adapter.to(torch.bfloat16).project(torch.empty(1, num_tokens, width, dtype=torch.bfloat16))
-    step_bytes, patched = _step(_in_bf16(transformer), kv, t5, clip, text_length, size)
+    step_bytes, patched = _step(_in_bf16(transformer), kv, t5, clip, config.max_sequence_length, size)
     decode_bytes = _decode(_in_bf16(vae), size)
     parts = [
         _part("transformer", transformer, {"fp8": _fp8_weights(transformer), "nf4": _linear_weights(transformer)}),
@@ -192,14 +193,7 @@ def _linear_weights(module: nn.Module) -> int:
 
 
 def _fp8_weights(transformer: nn.Module) -> int:
-    """Attention and MLP of the blocks; modulations, embeddings and the output stay in bf16, they are sensitive."""
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    return sum(
-        layer.weight.numel()
-        for block in blocks
-        for name, layer in block.named_modules()
-        if isinstance(layer, nn.Linear) and not name.startswith("norm")
-    )
+    return sum(getattr(parent, name).weight.numel() for parent, name in block_linears(transformer))
 
 
 def table(plan: GenerationPlan) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from omniid.generate.errors import GenerateError
+from omniid.kernels.fp8_rows import FIRST_WITH_FP8
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp8", "nf4")
 OFFLOADS = ("auto", "none", "model", "sequential")
@@ -14,7 +15,6 @@ OFFLOADS = ("auto", "none", "model", "sequential")
 # What `auto` tries in turn: quality first, then speed; sequential offload takes seconds a step and is the last resort.
 PREFERENCE = (("bf16", "none"), ("bf16", "model"), ("nf4", "none"), ("nf4", "model"), ("bf16", "sequential"))
 
-FP8_CAPABILITY = (8, 9)
 SPARE_BYTES = 1e9
 """Left free for what the plan does not know: workspaces of libraries and fragmentation (assumed)."""
 
@@ -114,13 +114,12 @@ def _check_without_gpu(precision: str, offload: str, device: torch.device) -> No
 
 
 def check_fp8(capability: tuple[int, int]) -> None:
-    """Raises GenerateError: for a GPU without fp8 products, and everywhere as long as generation does not use them."""
-    if capability < FP8_CAPABILITY:
-        have, need = (".".join(map(str, one)) for one in (capability, FP8_CAPABILITY))
+    """Raises GenerateError for a GPU without fp8 products."""
+    if capability < FIRST_WITH_FP8:
+        have, need = (".".join(map(str, one)) for one in (capability, FIRST_WITH_FP8))
         raise GenerateError(
             f"--precision fp8 needs an NVIDIA GPU of compute capability {need} or newer, this one has {have}; use bf16 or nf4"
         )
-    raise GenerateError("--precision fp8 is planned (--plan) but generation cannot run it yet; use bf16 or nf4")
 
 
 def check_bitsandbytes() -> None:

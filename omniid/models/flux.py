@@ -45,12 +45,25 @@ FLUX_1_DEV = {
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
     },
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "projection_dim": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+    },
     "text_encoder_2": {
-        "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
         "feed_forward_proj": "gated-gelu",
     },
-}  # fmt: skip
+}
 """Sizes of FLUX.1-dev, so that its costs can be told without its files."""
 
 
@@ -85,16 +98,20 @@ def attention_modules(transformer: nn.Module) -> list[nn.Module]:
     return [block.attn for block in blocks]
 
 
-def load_base(path: str | Path, dtype: torch.dtype = torch.float32, **options):
-    """A diffusers `FluxPipeline` from a folder or hub name, without progress bars.
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+def load_base(path: str | Path, dtype: torch.dtype = torch.float32, with_text: bool = True, **options):
+    """A diffusers `FluxPipeline` from a folder or hub name, without progress bars; its `TEXT_PARTS` only `with_text`.
 
     options: more for `from_pretrained`, such as quantization_config. Raises OmniIDError when it cannot be loaded.
     """
+    left_out = {} if with_text else dict.fromkeys(TEXT_PARTS)
     try:
         with _quiet_loading():
             from diffusers import FluxPipeline  # which tells what packages it would like
 
-            pipeline = FluxPipeline.from_pretrained(str(path), dtype=dtype, **options)
+            pipeline = FluxPipeline.from_pretrained(str(path), dtype=dtype, **left_out, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OmniIDError(
@@ -126,31 +143,36 @@ def base_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
             sizes = [FluxTransformer2DModel.load_config(folder, subfolder=name) for name in ("transformer", "vae")]
             transformer, vae = (getattr(diffusers, one["_class_name"]).from_config(one) for one in sizes)
             return transformer, vae
-    raise OmniIDError(
-        f"the sizes of the base {config.path!r} are not known without its files; name its folder with --set base.path=FOLDER"
-    )
+    raise _sizes_unknown(config)
 
 
-def text_encoders_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module, int]:
-    """CLIP's and T5's text encoders of a base on the meta device, and the number of T5 tokens of a prompt.
-
-    Raises OmniIDError where `base_without_weights` does, but for sizes in [base.sizes].
-    """
+def text_encoders_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
+    """CLIP and T5 of a preset's base on the meta device, as `base_without_weights` gives the rest. Raises as it does."""
     with _quiet_loading():
         from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+        from omniid.data.synthetic import CAPTION_WORDS
+        from omniid.models.mini_base import build_base
+
     folder = Path(config.path)
-    if config.path == FLUX_1_DEV_NAME:
-        configs = CLIPTextConfig(**FLUX_1_DEV["text_encoder"]), T5Config(**FLUX_1_DEV["text_encoder_2"])
-    elif (folder / "model_index.json").is_file():
-        configs = (
-            CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"),
-            T5Config.from_pretrained(folder, subfolder="text_encoder_2"),
-        )
-    else:
-        raise OmniIDError(f"the sizes of the base {config.path!r} are not known without its files; name its folder")
     with torch.device("meta"):
-        return CLIPTextModel(configs[0]), T5EncoderModel(configs[1]), config.max_sequence_length
+        if config.path == FLUX_1_DEV_NAME:
+            clip, t5 = CLIPTextConfig(**FLUX_1_DEV["text_encoder"]), T5Config(**FLUX_1_DEV["text_encoder_2"])
+        elif config.sizes is not None:
+            pipeline = build_base(config.sizes, config.max_sequence_length, CAPTION_WORDS, seed=0)
+            return pipeline.text_encoder, pipeline.text_encoder_2
+        elif (folder / "model_index.json").is_file():
+            clip = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+            t5 = T5Config.from_pretrained(folder / "text_encoder_2")
+        else:
+            raise _sizes_unknown(config)
+        return CLIPTextModel(clip), T5EncoderModel(t5)
+
+
+def _sizes_unknown(config: BaseConfig) -> OmniIDError:
+    return OmniIDError(
+        f"the sizes of the base {config.path!r} are not known without its files; name its folder with --set base.path=FOLDER"
+    )
 
 
 def drop_origin(folder: Path) -> None:
@@ -189,8 +211,17 @@ def encode_images(vae: nn.Module, images: Tensor) -> Tensor:
 
     A variational autoencoder gives its mean.
     """
+    return normalise_latents(vae, raw_latents(vae, images))
+
+
+def raw_latents(vae: nn.Module, images: Tensor) -> Tensor:
+    """What the autoencoder makes of images as in `encode_images`, in its own scale and dtype."""
     encoded = vae.encode(images)
-    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+
+
+def normalise_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Raw latents (B, C, h, w) as float32 in the scale that the transformer sees."""
     return (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
 
 

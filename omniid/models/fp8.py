@@ -59,7 +59,7 @@ def train_in_fp8(module: nn.Module) -> int:
 
     Parameters stay the same objects of the same names. Layers whose sizes are no multiples of 16 stay as they are.
     """
-    layers = [getattr(parent, name) for parent, name in _block_linears(module)]
+    layers = [getattr(parent, name) for parent, name in block_linears(module)]
     for layer in layers:
         layer.__class__ = Fp8Linear
     return len(layers)
@@ -70,7 +70,7 @@ def freeze_in_fp8(module: nn.Module, for_training: bool = False) -> int:
 
     for_training: the gradient of the layers' inputs is wanted, which takes each weight's transpose too.
     """
-    found = _block_linears(module)
+    found = block_linears(module)
     for parent, name in found:
         setattr(parent, name, FrozenFp8Linear(getattr(parent, name), for_training))
     return len(found)
@@ -86,8 +86,9 @@ def check_fp8_device(device: torch.device | str) -> None:
         )
 
 
-def _block_linears(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(parent, name) of every linear layer of encoder, decoder, tower and FLUX blocks, but for FLUX's modulations."""
+def block_linears(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(parent, name) of every linear layer that can go to fp8: of encoder, decoder, tower and FLUX blocks, but for FLUX's
+    modulations and layers whose sizes are no multiples of 16."""
     blocks = []
     for part in module.modules():
         if isinstance(part, (CrossBlock, SelfBlock, CLIPEncoderLayer)):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from omniid.errors import OmniIDError
 from omniid.faces.landmarks import draw_landmarks
-from omniid.models.flux import drop_origin, encode_images, layout_of
+from omniid.models.flux import drop_origin, layout_of
 
 
 def build_landmark_controlnet(transformer: nn.Module, num_double_blocks: int, num_single_blocks: int) -> nn.Module:
@@ -80,8 +80,3 @@ def landmark_pictures(landmarks: np.ndarray, size: int) -> Tensor:
     """Control pictures (N, 3, size, size) in [-1, 1] of landmarks (N, 66, 2), in pixels of a picture of `size`."""
     pictures = np.stack([draw_landmarks(points, size) for points in landmarks])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def landmark_latents(vae: nn.Module, landmarks: np.ndarray, size: int) -> Tensor:
-    """Latents (N, C, size / 8, size / 8) of the control pictures; arguments as of `landmark_pictures`."""
-    return encode_images(vae, landmark_pictures(landmarks, size).to(next(vae.parameters()).device))

@@ -25,10 +25,11 @@ class ControlStage(FlowStage):
 
     name = "control"
     needs_landmarks = True
+    cached = ("latents", "control_latents")
 
-    def __init__(self, preset: Preset, weights: Path):
-        """`weights` as for `FlowStage`; its adapter is taken where there is one."""
-        super().__init__(preset, weights, preset.train.control)
+    def __init__(self, preset: Preset, weights: Path, cache: Path | None = None):
+        """`weights` and `cache` as for `FlowStage`; its adapter is taken where there is one."""
+        super().__init__(preset, weights, preset.train.control, cache)
         self._keep_encoder(weights)
         self.controlnet = build_landmark_controlnet(
             self.transformer, self.config.control_double_blocks, self.config.control_single_blocks
@@ -39,6 +40,9 @@ class ControlStage(FlowStage):
         """Takes adapter and ControlNet from a weights folder instead of fresh ones."""
         self._load_adapter(folder)
         self.controlnet.load_state_dict(load_landmark_controlnet(folder / "controlnet", self.transformer).state_dict())
+
+    def drop_encoder(self) -> None:
+        """It stays, for the pictures of the log: their landmarks are exchanged, so no cache has them."""
 
     @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:

@@ -20,17 +20,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from omniid.config import Preset, StageConfig
+from omniid.config import BaseConfig, Preset, StageConfig
 from omniid.models.encoder import OmniIDEncoder
-from omniid.models.flux import TextEmbedding, base_without_weights, encode_images, pack_latents, run_flux
+from omniid.models.flux import (
+    TextEmbedding,
+    base_without_weights,
+    decode_latents,
+    encode_images,
+    pack_latents,
+    run_flux,
+    text_encoders_without_weights,
+)
+from omniid.models.frozen_precision import num_quantizable
 from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, IdentityUse, attach_identities
 from omniid.models.landmark_controlnet import build_landmark_controlnet
 from omniid.models.masked_decoder import MaskedDecoder
 from omniid.train.base import require_sizes
 from omniid.train.memory import recompute_blocks
-
-PLANNED = ("base", "mtd", "flow", "control")
-"""Stages whose costs are counted; of `base` the transformer part, its autoencoder takes little beside it."""
 
 FACE_SHARE = 0.45
 """Share of a target's patches that meet its face mask: a face fills about half of an aligned crop (assumed)."""
@@ -50,6 +56,8 @@ class Part:
     """What is computed again included."""
     kept_bytes: float
     """Activations kept from the forward to the backward pass, weights and their bf16 copies not among them."""
+    quantizable: int
+    """Of the parameters, those that `frozen_precision.quantize_frozen` narrows where the part is frozen."""
     num_recomputed: float
     """Blocks that compute their activations again, one at a time."""
 
@@ -64,9 +72,11 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list[Part]:
-    """The parts of a stage of `PLANNED` in the order of the forward pass, in precision fp32 or bf16.
+    """The parts of a stage in the order of the forward pass, in precision fp32 or bf16.
 
-    Raises OmniIDError or ConfigError for a base whose sizes are not known, or for stage `base` one that need not be trained.
+    Of `base` the transformer part, its autoencoder takes little beside it; of `t2i` without the recogniser of its identity
+    loss, which is the user's own. Raises OmniIDError or ConfigError for a base whose sizes are not known, or for stage
+    `base` one that need not be trained.
     """
     preset = dataclasses.replace(preset, tower=dataclasses.replace(preset.tower, pretrained=""))
     config = getattr(preset.train, stage)
@@ -93,7 +103,7 @@ def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list
     if stage == "mtd":
         _measure_decoder(meter, preset, *codes)
     else:
-        _measure_flow(meter, preset, config, *codes, with_control=stage == "control")
+        _measure_flow(meter, preset, config, *codes, stage=stage)
     return meter.parts
 
 
@@ -126,8 +136,10 @@ def _measure_decoder(meter: "_Meter", preset: Preset, codes: Tensor, fast_rows: 
     meter.measure("decoder", [decoder], reconstruct, codes)
 
 
-def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: Tensor, with_control: bool) -> None:
-    """The frozen base, its autoencoder, the adapter and, in stage `control`, the landmark ControlNet."""
+def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: Tensor, stage: str) -> None:
+    """The frozen base, its autoencoder, the adapter, in stage `t2i` the text encoders, and the landmark ControlNet: that
+    `control` trains, and that `t2i` may keep."""
+    with_control = stage == "control" or (stage == "t2i" and config.keep_controlnet)
     transformer, vae = (part.requires_grad_(False) for part in base_without_weights(preset.base))
     num_images = len(codes) * config.num_targets
     with torch.device("meta"):
@@ -138,13 +150,20 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
         ).expand(num_images)
         time = torch.empty(num_images)
         if with_control:
+            sizes = preset.train.control or config
             controlnet = build_landmark_controlnet(
-                transformer, config.control_double_blocks, config.control_single_blocks
-            ).requires_grad_(True)
+                transformer, sizes.control_double_blocks, sizes.control_single_blocks
+            ).requires_grad_(stage == "control")
+            if stage == "t2i":
+                nn.Module.to(controlnet, meter.dtype)
     for part in (transformer, vae):  # in the precision of the run; `Module.to`, because diffusers' own warns about bf16
         nn.Module.to(part, meter.dtype)
     # Targets, and the pictures of their landmarks.
     latents = _measure_autoencoder(meter, vae, num_images * (1 + with_control), preset.base.image_size)[:num_images]
+    if config.cache_latents:
+        meter.parts[-1] = dataclasses.replace(meter.parts[-1], forward_flops=0.0)
+    if stage == "t2i":
+        text = _measure_text(meter, preset.base, num_images)
 
     def project(codes: Tensor) -> tuple[Tensor, Tensor]:
         kv = adapter.project(codes)
@@ -169,6 +188,21 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
             return run_flux(transformer, latents, time, text, time, **control)[0]
 
     _measure_by_depth(meter, transformer, velocity, *kv, *samples)
+    if stage == "t2i" and config.identity_loss_weight:
+        clean = latents.requires_grad_(True)
+        meter.measure("vae decoder", [vae.decoder], lambda latents: decode_latents(vae, latents), clean)
+
+
+def _measure_text(meter: "_Meter", base: BaseConfig, num_images: int) -> TextEmbedding:
+    """The frozen text encoders on a caption for each picture."""
+    clip, t5 = (nn.Module.to(part.requires_grad_(False), meter.dtype) for part in text_encoders_without_weights(base))
+    with torch.device("meta"):
+        words = torch.empty(num_images, base.max_sequence_length, dtype=torch.int64)
+        few = torch.empty(num_images, clip.config.max_position_embeddings, dtype=torch.int64)
+    tokens, pooled = meter.measure(
+        "text", [clip, t5], lambda words, few: (t5(words)[0], clip(few).pooler_output), words, few
+    )
+    return TextEmbedding(tokens, pooled)
 
 
 def _measure_base_stage(meter: "_Meter", preset: Preset) -> None:
@@ -205,6 +239,7 @@ def _measure_by_depth(meter: "_Meter", transformer: nn.Module, velocity: Callabl
     """The part `base`. All blocks of a kind cost the same: a few tell the price of one more, in a third of the time."""
     blocks = transformer.transformer_blocks, transformer.single_transformer_blocks
     parameters, few = sum(parameter.numel() for parameter in transformer.parameters()), []
+    quantizable = num_quantizable(transformer)
     start = [min(2, len(of_kind)) for of_kind in blocks]
     longer = [min(4, len(of_kind)) for of_kind in blocks]
     for depth in (start, (longer[0], start[1]), (start[0], longer[1])):
@@ -221,7 +256,8 @@ def _measure_by_depth(meter: "_Meter", transformer: nn.Module, velocity: Callabl
         return whole
 
     counted = ("forward_flops", "backward_flops", "kept_bytes", "num_recomputed")
-    whole = dataclasses.replace(few[0], parameters=parameters, **{field: at_depth(field) for field in counted})
+    sizes = {"parameters": parameters, "quantizable": quantizable}
+    whole = dataclasses.replace(few[0], **sizes, **{field: at_depth(field) for field in counted})
     meter.parts.append(whole)
 
 
@@ -260,6 +296,7 @@ class _Meter:
                 forward_flops=forward / self.num_identities,
                 backward_flops=(flops.total - forward) / self.num_identities,
                 kept_bytes=kept_bytes / self.num_identities,
+                quantizable=sum(map(num_quantizable, modules)),
                 num_recomputed=num_recomputed,
             )
         )

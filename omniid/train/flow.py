@@ -9,10 +9,18 @@ from torch import Tensor, nn
 from omniid.config import Preset, StageConfig
 from omniid.data.few_to_many import Batch
 from omniid.models.encoder import OmniIDEncoder, load_weights
-from omniid.models.flux import TextEmbedding, embed_text, encode_images, load_base, predict_velocity
+from omniid.models.flux import (
+    TEXT_PARTS,
+    embed_text,
+    encode_images,
+    load_base,
+    normalise_latents,
+    predict_velocity,
+)
 from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
-from omniid.models.landmark_controlnet import landmark_latents
+from omniid.models.landmark_controlnet import landmark_pictures
 from omniid.train.flow_matching import draw_noise, flow_matching_loss
+from omniid.train.prompt_cache import load_prompt, prompt_path, save_prompt
 
 GUIDANCE = 1.0
 """Guidance input of a distilled base while training: 1 stands for the plain velocity, which is what Eq. 7 asks for.
@@ -25,18 +33,22 @@ class FlowStage:
     name = "flow"
     needs_whole_batch = False
     controlnet: nn.Module | None = None
+    cached: tuple[str, ...] = ("latents",)
+    """Fields of a batch whose latents may come from the disk instead of the autoencoder (`omniid.train.latents`)."""
 
-    def __init__(self, preset: Preset, weights: Path, config: StageConfig | None = None):
-        """`weights` holds the encoder that stage `mtd` exported, and the base if the preset says "embedded"."""
-        self.preset, self.config = preset, config or preset.train.flow
+    def __init__(self, preset: Preset, weights: Path, config: StageConfig | None = None, cache: Path | None = None):
+        """`weights` holds the encoder that stage `mtd` exported, and the base if the preset says "embedded". `cache`: a
+        folder that keeps the prompt's embedding and the latents of photos; None computes them anew."""
+        self.preset, self.config, self.cache = preset, config or preset.train.flow, cache
         self.encoder = _encoder_from(preset, weights)
         if self.config.encoder_lr_scale == 0:
             self.encoder.requires_grad_(False)
-        self.pipeline = load_base(weights / "base" if preset.base.path == "embedded" else preset.base.path)
+        self.pipeline, self.text = self._load_base(
+            weights / "base" if preset.base.path == "embedded" else preset.base.path
+        )
         self.transformer = self.pipeline.transformer.requires_grad_(False)
         self.frozen = (self.transformer,)
         self.vae = self.pipeline.vae.requires_grad_(False).to(memory_format=torch.channels_last)
-        self.text = self._embed_prompt()
         self.adapter = IdentityAdapter.for_transformer(self.transformer, preset.encoder.width)
         self.model = nn.ModuleDict({"encoder": self.encoder, "adapter": self.adapter})
 
@@ -57,11 +69,9 @@ class FlowStage:
             self._load_adapter(weights)
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
-        images = batch.targets.flatten(0, 1)
-        self._move_to(images.device)
+        self._move_to(batch.targets.device)
         with torch.no_grad():
-            latents = encode_images(self.vae, images)
-            control = self._control(batch)
+            latents, control = self._latents(batch), self._control(batch)
         time, noise = draw_noise(latents, self.config.timestep_sampling, generators, self.config.timestep_shift)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
         error, clean = self._error(codes, latents, control, time, noise)
@@ -74,12 +84,25 @@ class FlowStage:
         """Targets: Eq. 7 counts each alike."""
         return float(batch.targets.shape[0] * batch.targets.shape[1])
 
+    def _latents(self, batch: Batch) -> Tensor:
+        """Latents (B * T, C, h, w) of the targets, computed where the batch does not bring them."""
+        if batch.latents is not None:
+            return normalise_latents(self.vae, batch.latents.flatten(0, 1))
+        return encode_images(self.vae, batch.targets.flatten(0, 1))
+
     def _control(self, batch: Batch) -> Tensor | None:
         """Latents (B * T, C, h, w) of the targets' landmarks for the stage's ControlNet, if it has one."""
         if self.controlnet is None:
             return None
+        if batch.control_latents is not None:
+            return normalise_latents(self.vae, batch.control_latents.flatten(0, 1))
         points = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])
-        return landmark_latents(self.vae, points, batch.targets.shape[-1])
+        pictures = landmark_pictures(points, batch.targets.shape[-1]).to(batch.targets.device)
+        return encode_images(self.vae, pictures)
+
+    def drop_encoder(self) -> None:
+        """Lets the autoencoder's encoding half go, once batches bring their latents."""
+        self.vae.encoder = None
 
     def _extra_loss(self, batch: Batch, latents: Tensor, time: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
         """What a stage adds to Eq. 7, from the clean latents (B * T, C, h, w) that it predicts, and numbers for the log."""
@@ -149,11 +172,19 @@ class FlowStage:
         self.adapter.save(folder / "adapter.safetensors")
 
     @torch.no_grad()
-    def _embed_prompt(self) -> TextEmbedding:
-        """The embedding of the fixed prompt y; afterwards the text encoders are let go."""
-        text = embed_text(self.pipeline, [self.preset.base.prompt], self.preset.base.max_sequence_length)
-        self.pipeline.register_modules(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
-        return text
+    def _load_base(self, base: str | Path) -> tuple:
+        """The pipeline, and the embedding of the fixed prompt y; the text encoders are let go, or not loaded at all where
+        the cache has the embedding."""
+        prompt = self.preset.base.prompt, self.preset.base.max_sequence_length
+        path = prompt_path(self.cache, base, *prompt) if self.cache is not None else None
+        if path is not None and path.is_file():
+            return load_base(base, with_text=False), load_prompt(path)
+        pipeline = load_base(base)
+        text = embed_text(pipeline, [prompt[0]], prompt[1])
+        pipeline.register_modules(**dict.fromkeys(TEXT_PARTS))
+        if self.cache is not None and (path := path or prompt_path(self.cache, base, *prompt)) is not None:
+            save_prompt(path, text)
+        return pipeline, text
 
     def _move_to(self, device: torch.device) -> None:
         self.encoder.to(device)

@@ -26,11 +26,13 @@ from omniid.data.few_to_many import Batch, FewToManyBatches
 from omniid.data.scenes import SceneBatches
 from omniid.errors import OmniIDError
 from omniid.models.fp8 import check_fp8_device, freeze_in_fp8, train_in_fp8
+from omniid.models.frozen_precision import quantize_frozen
 from omniid.train import checkpoint as checkpoints
+from omniid.train.batch_size import photos_per_step, split_error
 from omniid.train.compiling import compile_blocks
-from omniid.train.costs import PLANNED
 from omniid.train.draws import identity_generators
 from omniid.train.hardware import USABLE_MEMORY
+from omniid.train.latents import cached_latents, encode_targets
 from omniid.train.memory import recompute_blocks
 from omniid.train.optimizer import build_optimizer, check_optimizer
 from omniid.train.plan import choose_memory
@@ -119,8 +121,9 @@ class Trainer:
         self.is_main = self.accelerator.is_main_process
         self._check_split()
         self.memory = self._choose_memory(precision)
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         for frozen in stage.frozen:
-            frozen.to(torch.float32 if precision == "fp32" else torch.bfloat16)
+            quantize_frozen(frozen, config.base_precision, dtype, self.accelerator.device)
         if config.fp8:
             check_fp8_device(self.accelerator.device)
             train_in_fp8(stage.model)
@@ -137,6 +140,7 @@ class Trainer:
         self._build()
         self._prepare_folder(resume)
         size = preset.decoder.image_size if stage.name == "mtd" else preset.base.image_size
+        latents = self._cached_latents(train_rows, size)
         self.train_batches = self._batches(
             train_rows,
             size,
@@ -145,12 +149,18 @@ class Trainer:
             config.seed,
             config.steps * config.accumulation,
             config.mirror,
+            latents,
+            photos_per_step(config, preset.tower) // config.accumulation,
         )
         per_rank = self.accelerator.num_processes
         held_out = min(len(validation_rows), config.batch_identities) // per_rank * per_rank or per_rank
         n = config.num_validation_inputs
         # Another seed than training's; the same batch and the same noise at every validation.
         self.validation = self._batches(validation_rows, size, (n, n), held_out, config.seed + 1, 1)[0]
+        if latents:
+            with self._autocast():
+                self.validation.latents = encode_targets(self.validation, stage.vae, self.accelerator.device)
+            stage.drop_encoder()
 
     def _choose_memory(self, precision: str) -> str:
         """What is computed again in the backward pass; `auto` is said aloud, for it depends on the machine."""
@@ -162,10 +172,7 @@ class Trainer:
             self.stage.name, self.preset, self.config, precision, self.accelerator.num_processes, usable
         )
         if self.is_main and self.progress:
-            reason = (
-                f"by the plan for {usable / 1e9:.0f} GB" if self.stage.name in PLANNED else "for this stage has no plan"
-            )
-            tqdm.write(f"memory: {mode}, {reason}", file=sys.stderr)
+            tqdm.write(f"memory: {mode}, by the plan for {usable / 1e9:.0f} GB", file=sys.stderr)
         return mode
 
     def _check_split(self) -> None:
@@ -175,11 +182,9 @@ class Trainer:
             raise TrainingError(
                 f"stage {self.stage.name} needs its batch in one piece: start it without torchrun and with accumulation=1"
             )
-        if config.batch_identities % parts:
-            raise TrainingError(
-                f"batch_identities {config.batch_identities} is not a multiple of {processes} processes x accumulation "
-                f"{config.accumulation}; change one of them, e.g. --set train.{self.stage.name}.batch_identities=N"
-            )
+        error = split_error(config, self.preset.tower, self.stage.name, processes, "processes")
+        if error is not None:
+            raise TrainingError(error)
 
     def _build(self) -> None:
         """What is trained, spread over the processes as configured, its optimizer and its average."""
@@ -358,12 +363,25 @@ class Trainer:
         weight = sums.pop("weight") or 1.0
         return {f"validation_{name}": value / weight for name, value in sums.items()}
 
-    def _batches(self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0) -> FewToManyBatches:
+    def _cached_latents(self, rows, size: int) -> dict:
+        """What training reads from the disk instead of computing it in every step, made where it is missing."""
+        if getattr(self.stage, "cache", None) is None:
+            return {}
+        accelerator, stage = self.accelerator, self.stage
+        return cached_latents(
+            stage.cached, stage.cache, stage.vae, rows, size, self.config.mirror, accelerator.device, self._autocast,
+            accelerator.process_index, accelerator.num_processes, self.progress,
+        )  # fmt: skip
+
+    def _batches(
+        self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0, latents=None, photos=0
+    ) -> FewToManyBatches:
         accelerator = self.accelerator
         scenes = getattr(self.stage, "needs_scenes", False)
+        landmarks = getattr(self.stage, "needs_landmarks", False) and not latents
         return (SceneBatches if scenes else FewToManyBatches)(
             rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps, self.config.max_yaw, mirror,
-            accelerator.process_index, accelerator.num_processes, getattr(self.stage, "needs_landmarks", False),
+            accelerator.process_index, accelerator.num_processes, landmarks, latents, photos,
         )  # fmt: skip
 
     def _loader(self, start: int):

@@ -9,11 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omniid.config import ConfigError, Preset, StageConfig, load_preset
+from omniid.config import ConfigError, Preset, StageConfig, TowerConfig, load_preset
 from omniid.errors import OmniIDError
-from omniid.train.costs import PLANNED, Part, count_costs, flops_of_all_rows
+from omniid.models.frozen_precision import BYTES
+from omniid.train.batch_size import divisible_size, identities_per_step, split_error
+from omniid.train.costs import Part, count_costs, flops_of_all_rows
 from omniid.train.hardware import EFFICIENCY, GPUS, MATMUL_SHARE, USABLE_MEMORY
 from omniid.train.memory import MODES
+
+NARROW_PARTS = ("base", "text", "controlnet")
+"""Where they are frozen they run in `base_precision` (`Stage.frozen`); encoder and autoencoder stay in fp32."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -57,8 +62,8 @@ class Plan:
     """Stage mtd: the same with a decoder that evaluates all rows of all targets."""
     step_flops: float
     """Of a global step in the chosen memory mode, what is computed again included."""
-    identities_per_step: int
-    identities_per_pass: int
+    identities_per_step: float
+    identities_per_pass: float
     """Of one GPU and one micro-batch."""
     memory: dict[str, Memory]
     memory_mode: str
@@ -94,7 +99,7 @@ def plan_stage(
     efficiency: float = EFFICIENCY,
     price_per_gpu_hour: float | None = None,
 ) -> Plan:
-    """The plan of a stage of `costs.PLANNED`. Nothing is loaded: the models are built on the meta device.
+    """The plan of a stage. Nothing is loaded: the models are built on the meta device.
 
     efficiency: share of the ceiling for products (`Gpu.ceiling`) that a step reaches. Raises OmniIDError where the sizes of
     the base are not known or identities cannot be shared out evenly.
@@ -108,16 +113,15 @@ def plan_stage(
     ways = num_gpus * config.accumulation
     if stage == "base" and ways > 1:
         raise OmniIDError("stage base needs its batch in one piece: plan it with --gpus 1 and accumulation=1")
-    if config.batch_identities % ways:
-        raise OmniIDError(
-            f"batch_identities {config.batch_identities} is not a multiple of {num_gpus} GPUs x accumulation "
-            f"{config.accumulation}; change --gpus or --set train.{stage}.accumulation"
-        )
+    error = split_error(config, settings.tower, stage, num_gpus, "GPUs")
+    if error is not None:
+        raise OmniIDError(error)
+    identities = identities_per_step(config, settings.tower)
     costs, memory = _costs_and_memory(stage, settings, config, precision, num_gpus)
     usable = card.memory_bytes * USABLE_MEMORY
     mode = config.memory if config.memory != "auto" else fitting_mode(memory, usable)
     parts = costs[mode]
-    step_flops = config.batch_identities * sum(part.forward_flops + part.backward_flops for part in parts)
+    step_flops = identities * sum(part.forward_flops + part.backward_flops for part in parts)
     step_s = step_flops / (num_gpus * card.ceiling(precision) * efficiency)
     hours = step_s * config.steps / 3600
     num_images = sum(config.num_inputs) / 2 + config.num_targets
@@ -134,13 +138,13 @@ def plan_stage(
         step_flops_per_identity=sum(part.forward_flops + part.backward_flops for part in costs["none"]),
         all_rows_flops_per_identity=_all_rows(settings, costs["none"]) if stage == "mtd" else None,
         step_flops=step_flops,
-        identities_per_step=config.batch_identities,
-        identities_per_pass=config.batch_identities // ways,
+        identities_per_step=identities,
+        identities_per_pass=identities / ways,
         memory=memory,
         memory_mode=mode,
         fits=memory[mode].total <= usable,
         accumulation_that_fits=(
-            None if stage == "base" else _fitting_accumulation(memory[mode], usable, config, num_gpus)
+            None if stage == "base" else _fitting_accumulation(memory[mode], usable, config, settings.tower, num_gpus)
         ),
         usable_memory=usable,
         efficiency=efficiency,
@@ -148,7 +152,7 @@ def plan_stage(
         steps=config.steps,
         hours=hours,
         gpu_hours=hours * num_gpus,
-        images_per_s=config.batch_identities * num_images / step_s,
+        images_per_s=identities * num_images / step_s,
         price_per_gpu_hour=price_per_gpu_hour,
         cost=None if price_per_gpu_hour is None else hours * num_gpus * price_per_gpu_hour,
     )
@@ -160,25 +164,29 @@ def fitting_mode(memory: dict[str, Memory], usable: float) -> str:
 
 
 def choose_memory(stage: str, preset: Preset, config: StageConfig, precision: str, num_gpus: int, usable: float) -> str:
-    """The memory mode that `auto` stands for on GPUs with `usable` bytes; stages without a plan keep everything."""
-    if stage not in PLANNED:
-        return "none"
+    """The memory mode that `auto` stands for on GPUs with `usable` bytes."""
     return fitting_mode(_costs_and_memory(stage, preset, config, precision, num_gpus)[1], usable)
 
 
 def _costs_and_memory(stage: str, preset: Preset, config: StageConfig, precision: str, num_gpus: int):
     """Parts, and memory of one GPU, in every memory mode."""
     costs = {mode: count_costs(stage, preset, precision, mode) for mode in MODES}
-    return costs, {mode: memory_of(parts, costs["none"], config, precision, num_gpus) for mode, parts in costs.items()}
+    identities = identities_per_step(config, preset.tower)
+    return costs, {
+        mode: memory_of(parts, costs["none"], config, identities, precision, num_gpus) for mode, parts in costs.items()
+    }
 
 
-def memory_of(parts: list[Part], parts_kept: list[Part], config: StageConfig, precision: str, num_gpus: int) -> Memory:
-    """Memory of one of `num_gpus` GPUs; parts_kept: the same parts where nothing is computed again."""
+def memory_of(
+    parts: list[Part], parts_kept: list[Part], config: StageConfig, identities: float, precision: str, num_gpus: int
+) -> Memory:
+    """Memory of one of `num_gpus` GPUs for steps of so many identities; parts_kept: the parts where nothing is computed
+    again."""
     trained = sum(part.parameters for part in parts if part.is_trained)
     narrow = 0 if precision == "fp32" else 2
-    frozen = sum(part.parameters * (narrow or 4 if part.name == "base" else 4) for part in parts if not part.is_trained)
+    frozen = sum(_frozen_bytes(part, narrow or 4, config.base_precision) for part in parts if not part.is_trained)
     shards = num_gpus if config.sharding == "fsdp2" else 1
-    identities = config.batch_identities / (num_gpus * config.accumulation)
+    identities = identities / (num_gpus * config.accumulation)
     again = [
         (kept.kept_bytes - part.kept_bytes) / part.num_recomputed
         for part, kept in zip(parts, parts_kept, strict=True)
@@ -194,9 +202,20 @@ def memory_of(parts: list[Part], parts_kept: list[Part], config: StageConfig, pr
     )
 
 
-def _fitting_accumulation(memory: Memory, usable: float, config: StageConfig, num_gpus: int) -> int | None:
-    per_gpu = config.batch_identities // num_gpus
-    for accumulation in range(1, per_gpu + 1):
+def _frozen_bytes(part: Part, width: int, base_precision: str) -> float:
+    """Of a frozen part's weights in a run whose own take `width` bytes."""
+    if part.name not in NARROW_PARTS:
+        return 4 * part.parameters
+    narrowed = 0 if base_precision == "auto" else part.quantizable
+    return width * (part.parameters - narrowed) + BYTES.get(base_precision, 0) * narrowed
+
+
+def _fitting_accumulation(
+    memory: Memory, usable: float, config: StageConfig, tower: TowerConfig, num_gpus: int
+) -> int | None:
+    per_gpu = divisible_size(config, tower) // num_gpus
+    least = config.num_inputs[1] if config.tokens_per_batch else 1
+    for accumulation in range(1, per_gpu // least + 1):
         activations = memory.activations * config.accumulation / accumulation
         if per_gpu % accumulation == 0 and memory.total - memory.activations + activations <= usable:
             return accumulation
@@ -233,7 +252,7 @@ def plan_text(plan: Plan) -> str:
         note = "" if memory.total <= plan.usable_memory else "  too much"
         lines.append(f"{mode:<12}{row}{'  <- --memory ' + mode if mode == plan.memory_mode else ''}{note}")
     lines.append(
-        f"{plan.usable_memory / 1e9:.0f} GB are usable; {plan.identities_per_pass:g} of {plan.identities_per_step} "
+        f"{plan.usable_memory / 1e9:.0f} GB are usable; {plan.identities_per_pass:g} of {plan.identities_per_step:g} "
         "identities of a step are in one GPU at a time"
     )
     if not plan.fits:

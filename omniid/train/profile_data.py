@@ -141,7 +141,8 @@ def profile_stage(
 ) -> DataProfile:
     """Profiles the first part of stage `name`, of `base` without `start_from` its autoencoder; arguments as of `run_stage`.
 
-    run_folder: only looked into for weights of earlier stages. Nothing is written there.
+    run_folder: only looked into for weights of earlier stages. Nothing is written there but, with `cache_latents`, the
+    cache, which the run itself will find.
     """
     settings, _, rows, stages = prepare(name, preset, data, run_folder, weights, start_from, overrides, device)
     stage, _, config = next(stages)

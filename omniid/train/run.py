@@ -1,5 +1,6 @@
 """One stage from a preset's name and folders: what `omniid train` calls."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,12 +9,16 @@ import torch
 from omniid.config import ConfigError, Preset, load_preset
 from omniid.data.records import open_records
 from omniid.hub import check_push, push_weights
+from omniid.models.frozen_precision import check_frozen_precision
 from omniid.train.loop import RunResult, Trainer
 from omniid.train.optimizer import check_optimizer
 from omniid.train.precision import runs_on_cpu
 from omniid.train.stopping import Stop
 from omniid.train.trackers import check_trackers
 from omniid.weights import weights_folder
+
+CACHING = ("flow", "control")
+"""Stages whose targets are photos as they are and whose prompt is fixed, so that what is made of them can be kept."""
 
 
 def run_stage(
@@ -85,6 +90,13 @@ def prepare(
     if config is None:
         raise ConfigError(f"preset {settings.name!r} has no [train.{name}]; take it from the preset mini or paper")
     check_optimizer(config, runs_on_cpu(device))
+    if config.base_precision != "auto" and name in ("base", "mtd"):
+        raise ConfigError(f"base_precision is for stages with a frozen base; leave it out of [train.{name}]")
+    # Before the base is loaded, and on the device that this process will get.
+    own = "cpu" if runs_on_cpu(device) else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    check_frozen_precision(config.base_precision, own)
+    if config.cache_latents and name not in CACHING:
+        raise ConfigError(f"cache_latents is for the stages {' and '.join(CACHING)}; leave it out of [train.{name}]")
     weights = Path(weights or Path(run_folder) / "weights")
     rows = open_records(data, "train"), open_records(data, "validation")
     torch.manual_seed(config.seed)
@@ -97,7 +109,8 @@ def _stages(name, settings, weights, run_folder, config, start):
     import dataclasses
 
     if name != "base":
-        stage = _stage_class(name)(settings, *(() if name == "mtd" else (weights,)))
+        more = {"cache": Path(config.cache_folder or run_folder / "cache")} if config.cache_latents else {}
+        stage = _stage_class(name)(settings, *(() if name == "mtd" else (weights,)), **more)
         if start is not None:
             stage.load(start)
         yield stage, run_folder, config

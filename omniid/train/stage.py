@@ -17,7 +17,7 @@ class Stage(Protocol):
     model: nn.Module
     """All that is trained and checkpointed; frozen helpers of the stage are kept outside it."""
     frozen: Sequence[nn.Module]
-    """Large frozen parts that gradients pass through: they run in the precision of the run."""
+    """Large frozen parts that gradients pass through: they run in `base_precision`."""
     # A stage with `needs_landmarks = True` gets batches with landmarks, one with `needs_scenes = True` those of SceneBatches.
 
     needs_whole_batch: bool

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from omniid.config import Preset
 from omniid.data.few_to_many import Batch
-from omniid.models.flux import TextEmbedding, decode_latents, embed_text
+from omniid.models.flux import decode_latents, embed_text, load_base
 from omniid.models.landmark_controlnet import load_landmark_controlnet
 from omniid.train.flow import FlowStage, columns
 from omniid.train.identity_loss import IdentityLoss
@@ -75,11 +75,12 @@ class T2IStage(FlowStage):
         """Writes the adapter, which reads the frozen encoder's codes."""
         self._export_adapter(folder, self.encoder)
 
-    def _embed_prompt(self) -> TextEmbedding | None:
-        """Nothing yet: every scene has its own caption, so the text encoders stay."""
-        for part in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+    def _load_base(self, base: str | Path) -> tuple:
+        """The pipeline and no embedding yet: every scene has its own caption, so the text encoders stay."""
+        pipeline = load_base(base)
+        for part in (pipeline.text_encoder, pipeline.text_encoder_2):
             part.requires_grad_(False)
-        return None
+        return pipeline, None
 
     def _move_to(self, device: torch.device) -> None:
         for part in (self.encoder, self.vae, self.transformer, self.controlnet, self.identity_loss):

@@ -44,6 +44,15 @@ def test_options_after_two_dashes_go_to_the_script(monkeypatch):
     assert result.exit_code == 2 and "name just that one" in result.output
 
 
+def test_an_unknown_preset_is_wrong_usage_of_the_script():
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_train_step.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "--preset", "nope"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "unknown preset 'nope'; use one of mini, paper or a path" in result.stderr
+
+
 def test_what_needs_a_gpu_says_that_it_was_not_measured():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -1,12 +1,14 @@
 """Which precision and place are chosen, and the plan they rest on."""
 
+import numpy as np
 import pytest
 import torch
 
-from omniid.generate import GenerateError
+from omniid.generate import GenerateError, load_generator
 from omniid.generate.peak_memory import peak_bytes
 from omniid.generate.plan import plan_generation, table
 from omniid.generate.precision import bitsandbytes_settings, check_fp8, choose_placement, fitting
+from omniid.models.fp8 import freeze_in_fp8
 
 NEEDS = {
     ("bf16", "none"): 36e9, ("bf16", "model"): 24e9, ("bf16", "sequential"): 2e9,
@@ -62,6 +64,13 @@ def test_without_a_gpu_only_what_runs_there(drawing_weights):
 def test_fp8_is_refused_by_what_the_gpu_is():
     with pytest.raises(GenerateError, match=r"capability 8.9 or newer, this one has 8.0; use bf16 or nf4"):
         check_fp8((8, 0))
+
+
+def test_a_transformer_in_fp8_draws_nearly_the_same(drawing_weights):
+    wanted, rounded = (load_generator(drawing_weights) for _ in range(2))
+    assert freeze_in_fp8(rounded.pipeline.transformer) > 0
+    before, after = (np.asarray(one.generate(None, "photo of a person", seed=1)[0], float) for one in (wanted, rounded))
+    assert 0 < np.abs(before - after).mean() < 8
 
 
 def test_four_bit_settings_are_those_of_both_libraries():

@@ -64,6 +64,22 @@ def test_the_loss_falls(tiny, weights, batch):
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_a_base_of_four_bits_teaches_nearly_the_same(tiny, weights, records, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "tiny.toml").write_text(preset_to_toml(tiny))
+    losses = []
+    for precision in ("nf4", "auto"):
+        shutil.copytree(weights, tmp_path / precision)
+        run, wishes = tmp_path / f"run-{precision}", (f"base_precision={precision}", "lr=3e-3", "memory=full")
+        losses.append(
+            run_stage(
+                "flow", tmp_path / "tiny.toml", records, run, weights=tmp_path / precision,
+                overrides=[f"train.flow.{wish}" for wish in wishes], device="cpu", progress=False,
+            ).losses
+        )  # fmt: skip
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
 def test_the_same_seed_gives_the_same_loss(tiny, weights, batch):
     stage = FlowStage(tiny, weights)
     one, two, other = (stage.loss(batch, identity_generators(seed, batch.places))[0] for seed in (5, 5, 6))

@@ -42,12 +42,12 @@ def alone(preset_file, records, tmp_path_factory):
     return folder, run_stage("mtd", preset_file, records, folder, device="cpu", progress=False)
 
 
-def start(preset, records, run, *more):
+def start(preset, records, run, *more, stage="mtd"):
     """Two processes of the training command under torchrun; without `--` it takes our `--run` for its `--run-path`."""
     return subprocess.Popen(
         [
             sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2", "--",
-            sys.executable, "-P", "-m", "omniid.cli", "train", "mtd", "--preset", str(preset), "--data", str(records),
+            sys.executable, "-P", "-m", "omniid.cli", "train", stage, "--preset", str(preset), "--data", str(records),
             "--run", str(run), "--quiet", "--json", "--device", "cpu", *more,
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -113,6 +113,31 @@ def test_sharded_training_gives_the_same_losses_and_a_checkpoint_for_one_process
     assert (run / "weights" / "encoder.safetensors").is_file()
     resumed = run_stage("mtd", preset_file, records, run, resume=True, device="cpu", progress=False)
     assert resumed.step == STEPS and len(resumed.losses) == STEPS - 10
+
+
+def test_two_processes_share_a_step_that_is_filled_by_tokens(preset_file, records, tmp_path):
+    filled = ("--tokens-per-batch", str(12 * 17)), ("--set", "train.mtd.steps=6")
+    finish(start(preset_file, records, tmp_path / "pair", *filled[0], *filled[1]))
+    overrides = ["train.mtd.tokens_per_batch=204", "train.mtd.steps=6"]
+    plain = run_stage("mtd", preset_file, records, tmp_path / "one", overrides=overrides, device="cpu", progress=False)
+    assert losses_of(tmp_path / "pair") == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_two_processes_train_stage_control_and_build_one_cache(preset_file, weights, records, tmp_path):
+    for name in ("pair", "one"):
+        shutil.copytree(weights, tmp_path / name / "weights")
+    cached = ["train.control.cache_latents=true", "train.control.mirror=0.5"]
+    wishes = [word for wish in cached for word in ("--set", wish)]
+    finish(start(preset_file, records, tmp_path / "pair", *wishes, stage="control"))
+    plain = run_stage(
+        "control", preset_file, records, tmp_path / "one", overrides=cached[1:], device="cpu", progress=False
+    )
+    assert losses_of(tmp_path / "pair") == pytest.approx(plain.losses, rel=1e-5)
+    assert logged(tmp_path / "pair")[-1]["validation_loss"] == pytest.approx(plain.validation_loss, rel=1e-5)
+    files = [path.relative_to(tmp_path / "pair" / "weights") for path in (tmp_path / "pair" / "weights").rglob("*")]
+    assert {"adapter.safetensors", "controlnet/config.json"} <= {path.as_posix() for path in files}
+    shards = list((tmp_path / "pair" / "cache").glob("*/*"))
+    assert len(shards) == 4 and all(path.suffix == ".safetensors" and path.name[0] != "." for path in shards)
 
 
 @pytest.mark.parametrize("whom", ["launcher", "worker"])

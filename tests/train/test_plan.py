@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from omniid.cli.main import main
 from omniid.config import ConfigError, load_preset
 from omniid.data.few_to_many import FewToManyBatches
 from omniid.data.records import open_records
+from omniid.data.scenes import SceneBatches
 from omniid.errors import OmniIDError
 from omniid.models.flux import base_without_weights
+from omniid.models.landmark_controlnet import save_landmark_controlnet
 from omniid.train.base import BaseStage
 from omniid.train.control import ControlStage
 from omniid.train.costs import count_costs
@@ -22,6 +25,7 @@ from omniid.train.draws import identity_generators
 from omniid.train.flow import FlowStage
 from omniid.train.hardware import GPUS
 from omniid.train.plan import plan_stage, plan_text
+from omniid.train.t2i import T2IStage
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +104,61 @@ def test_flow_at_the_papers_sizes_agrees_with_the_sums_by_hand():
     assert round(again.num_recomputed) == 57
 
 
-@pytest.mark.parametrize("stage", ["base", "flow", "control"])
-def test_the_plan_counts_what_a_real_step_computes(tiny, weights, records, monkeypatch, stage):
+def double_block(d, head_dim):
+    """Parameters: two modulations by 6, eight projections and two MLPs by 4, four key and query norms."""
+    return 2 * (6 * d * d + 6 * d) + 8 * (d * d + d) + 2 * (8 * d * d + 5 * d) + 4 * head_dim
+
+
+def single_block(d, head_dim):
+    """Parameters: modulation by 3, query, key, value, MLP by 4, the output of both, two norms."""
+    return 3 * (d * d + d) + 3 * (d * d + d) + (4 * d * d + 4 * d) + (5 * d * d + d) + 2 * head_dim
+
+
+def linear(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["control", "t2i"])
+def test_later_stages_at_the_papers_sizes_train_what_the_paper_says(stage):
+    """Sec. 4.2 and 4.3: frozen encoder and FLUX; the adapter trains, in `control` with the ControlNet."""
+    parts = {part.name: part for part in count_costs(stage, load_preset("paper"), "bf16", "none")}
+    d, heads_dim, adapter = 3072, 128, 57 * (2 * 1280 * 3072 + 128)
+    trained = {name: part.parameters for name, part in parts.items() if part.is_trained}
+    if stage == "control":
+        # Picture, landmarks, T5, and an MLP each for time, guidance and CLIP; a projection after every block.
+        inputs = 2 * linear(64, d) + linear(4096, d) + 2 * linear(256, d) + linear(768, d) + 3 * linear(d, d)
+        blocks = 4 * double_block(d, heads_dim) + 10 * single_block(d, heads_dim) + 14 * linear(d, d)
+        assert trained == {"adapter": adapter, "controlnet": inputs + blocks}
+        share = (4 + 10) / (19 + 38)
+        assert parts["controlnet"].forward_flops == pytest.approx(share * parts["base"].forward_flops, rel=0.1)
+        assert parts["autoencoder"].forward_flops == pytest.approx(2 * 1.1e12, rel=0.05)  # targets and landmarks
+    else:
+        assert trained == {"adapter": adapter}
+        assert parts["text"].parameters == pytest.approx(4.762e9 + 0.123e9, rel=0.001)
+        assert parts["text"].forward_flops == pytest.approx(4.84e12, rel=0.05)  # T5-XXL on 512 tokens
+    frozen = {"tower": 631e6, "encoder": 79e6, "base": 11.90e9}
+    assert {name: parts[name].parameters for name in frozen} == pytest.approx(frozen, rel=0.01)
+    assert all(parts[name].backward_flops == 0 for name in ("tower", "encoder", "autoencoder"))
+    assert parts["base"].forward_flops == pytest.approx(21.90e12, rel=0.05)
+    assert parts["base"].backward_flops > parts["base"].forward_flops
+
+
+@pytest.mark.parametrize("stage", ["base", "flow", "control", "t2i"])
+def test_the_plan_counts_what_a_real_step_computes(tiny, weights, records, monkeypatch, tmp_path, stage):
     """FLOPs of the stage's own loss and gradients, counted while they are computed from real records."""
     monkeypatch.setenv("OMNIID_KERNELS", "reference")  # native kernels are not counted
     settings = dataclasses.replace(getattr(tiny.train, stage), num_inputs=(2, 2), control_single_blocks=1)
     preset = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, **{stage: settings}))
-    one = {"base": BaseStage, "flow": FlowStage, "control": ControlStage}[stage](preset, weights)
-    batch = FewToManyBatches(open_records(records, "train"), 32, 4, (2, 2), 2, seed=0, steps=1, landmarks=True)[0]
+    batches = FewToManyBatches
+    if stage == "t2i":  # with a ControlNet that stays frozen
+        shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
+        save_landmark_controlnet(ControlStage(preset, weights).controlnet, tmp_path / "controlnet")
+        settings = dataclasses.replace(settings, keep_controlnet=True, conditioning_dropout=0.0)
+        preset = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, t2i=settings))
+        batches, weights = SceneBatches, tmp_path
+    one = {"base": BaseStage, "flow": FlowStage, "control": ControlStage, "t2i": T2IStage}[stage](preset, weights)
+    batch = batches(open_records(records, "train"), 32, 4, (2, 2), 2, seed=0, steps=1, landmarks=True)[0]
     one.model.train()
     with FlopCounterMode(display=False) as counter:
         one.loss(batch.to_device(torch.device("cpu")), identity_generators(0, batch.places))[0].backward()
@@ -124,6 +175,26 @@ def test_control_trains_adapter_and_controlnet_and_freezes_the_encoder():
     assert {part.name for part in plan.parts if part.backward_flops == 0} == {"tower", "encoder", "autoencoder"}
     again = plan_stage("control", "mini", overrides=["train.control.memory=full"])
     assert again.step_flops > plan.step_flops and again.memory["full"].total < plan.memory["none"].total
+
+
+def test_t2i_trains_the_adapter_alone_and_pays_for_what_it_is_asked(tiny):
+    parts = count_costs("t2i", tiny, "fp32", "none")
+    assert {part.name for part in parts if part.is_trained} == {"adapter"}
+    assert {part.name for part in parts if part.backward_flops} == {"adapter", "base"}
+    t2i = dataclasses.replace(tiny.train.t2i, keep_controlnet=True, identity_loss_weight=0.1, recogniser="any.pt2")
+    asked = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, t2i=t2i))
+    more = {part.name: part for part in count_costs("t2i", asked, "fp32", "none")}
+    assert more.keys() - {part.name for part in parts} == {"controlnet", "vae decoder"}
+    assert not more["controlnet"].is_trained and more["controlnet"].backward_flops == 0
+    assert more["vae decoder"].backward_flops > 0
+
+
+def test_cached_latents_leave_no_encoding_to_a_step(tiny):
+    cached = dataclasses.replace(tiny.train.flow, cache_latents=True)
+    other = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, flow=cached))
+    plain, without = ({p.name: p.forward_flops for p in count_costs("flow", x, "fp32", "none")} for x in (tiny, other))
+    assert plain.pop("autoencoder") > without.pop("autoencoder") == 0
+    assert plain == without
 
 
 def test_frozen_parts_are_narrow_only_where_the_run_makes_them_so():
@@ -185,7 +256,7 @@ def test_command_prints_a_table_or_json_and_needs_no_data():
     assert values["memory"]["none"]["total"] > values["memory"]["none"]["optimizer"]
 
 
-@pytest.mark.parametrize("stage", ["base", "control"])
+@pytest.mark.parametrize("stage", ["base", "control", "t2i"])
 def test_other_stages_are_planned_from_the_command_line_without_warnings(stage):
     shown = CliRunner().invoke(main, ["train", stage, "--plan"])
     assert shown.exit_code == 0 and shown.stderr == ""
