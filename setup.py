@@ -61,11 +61,14 @@ EXTRAS = {
     "cuda": ["triton>=3.6; platform_system == 'Linux'", "flash-attn>=2.7", "bitsandbytes>=0.50"],
     "triton": ["triton>=3.6; platform_system == 'Linux'"],
     "export": ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23", "tensorrt-rtx>=1.5; platform_system == 'Linux'"],
-    "faces": ["uniface>=1.0", "onnxruntime>=1.23", "ai-edge-litert>=1.4; platform_system == 'Linux'"],
+    "faces": ["uniface>=3.7", "onnxruntime>=1.23", "ai-edge-litert>=1.4"],
     "video": ["av>=14", "scenedetect>=0.6"],
     "track": ["wandb>=0.20", "trackio>=0.5"],
     "app": ["gradio>=5"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12"],
+    "dev": [
+        *("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12"),
+        *("onnxruntime>=1.23", "ai-edge-litert>=1.4", "av>=14", "scenedetect-headless>=0.6"),
+    ],
 }
 
 setup(
