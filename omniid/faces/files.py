@@ -48,6 +48,12 @@ def missing_files(folder: Path) -> list[str]:
 
 
 class FilesAnalyzer(FullAnalyzer):
+    """Several threads may share one."""
+
+    # Of 58 people in two photos each the same reach .70 and others at most .42 (mean .03). Rendered heads of one person
+    # within 30 degrees of yaw reach .69, of others at most .60 (mean .27).
+    same_person, same_in_video = 0.35, 0.6
+
     def __init__(self, folder: str | Path | None = None) -> None:
         """Raises FaceError where files or packages are missing."""
         folder = models_folder(folder)

@@ -79,6 +79,11 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 class FullAnalyzer(FaceAnalyzer):
     """A face in all its parts. A backend says how to detect, measure, mask and recognise; pixels are uint8 (H, W, 3) RGB."""
 
+    same_person: float
+    """Mean cosine with a person's other photos from which a photo counts as that person's."""
+    same_in_video: float
+    """The same where light and camera are the same, too."""
+
     @abc.abstractmethod
     def detect(self, pixels: np.ndarray) -> list[DetectedFace]:
         """All faces that are about upright, the surest first."""
