@@ -62,12 +62,12 @@ EXTRAS = {
     "triton": ["triton>=3.6; platform_system == 'Linux'"],
     "export": ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23", "tensorrt-rtx>=1.5; platform_system == 'Linux'"],
     "faces": ["uniface>=3.7", "onnxruntime>=1.23", "ai-edge-litert>=1.4"],
-    "video": ["av>=14", "scenedetect>=0.6"],
+    "video": ["av>=14", "scenedetect-headless>=0.7"],
     "track": ["wandb>=0.20", "trackio>=0.5"],
     "app": ["gradio>=5"],
     "dev": [
         *("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12"),
-        *("onnxruntime>=1.23", "ai-edge-litert>=1.4", "av>=14", "scenedetect-headless>=0.6"),
+        *("onnxruntime>=1.23", "ai-edge-litert>=1.4", "av>=14", "scenedetect-headless>=0.7"),
     ],
 }
 

@@ -67,6 +67,11 @@ def box_size(box: np.ndarray) -> float:
     return float(max(box[2] - box[0], box[3] - box[1]))
 
 
+def five_points(landmarks: np.ndarray) -> np.ndarray:
+    """(5, 2) right eye, left eye, nose tip, right and left mouth corner of landmarks (66, 2)."""
+    return landmarks[_FIVE]
+
+
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two boxes (left, top, right, bottom)."""
     shared = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
@@ -178,7 +183,7 @@ class FullAnalyzer(FaceAnalyzer):
 
     def chip(self, face: Face) -> np.ndarray:
         """uint8 (112, 112, 3): what the recogniser looks at."""
-        matrix = similarity(face.landmarks[_FIVE], RECOGNISER_POINTS)
+        matrix = similarity(five_points(face.landmarks), RECOGNISER_POINTS)
         return warp(np.asarray(face.image), matrix, RECOGNISER_SIZE)
 
     def descriptors(self, crops: list[np.ndarray] | np.ndarray) -> np.ndarray:
