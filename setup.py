@@ -61,7 +61,7 @@ EXTRAS = {
     "cuda": ["triton>=3.6; platform_system == 'Linux'", "flash-attn>=2.7", "bitsandbytes>=0.50"],
     "triton": ["triton>=3.6; platform_system == 'Linux'"],
     "export": ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23", "tensorrt-rtx>=1.5; platform_system == 'Linux'"],
-    "faces": ["uniface>=3.7", "onnxruntime>=1.23", "ai-edge-litert>=1.4"],
+    "faces": ["uniface>=4.2", "onnxruntime>=1.23", "ai-edge-litert>=1.4"],
     "video": ["av>=14", "scenedetect-headless>=0.7"],
     "track": ["wandb>=0.20", "trackio>=0.5"],
     "app": ["gradio>=5"],

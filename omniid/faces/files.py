@@ -15,7 +15,7 @@ from .align import apply, warp
 from .face import Face, FaceError
 from .full import RECOGNISER_SIZE, DetectedFace, FullAnalyzer, MeasuredFace
 from .litert_file import LiteRTModel
-from .mediapipe_mesh import NUM_POINTS, Mesh
+from .mediapipe_mesh import NUM_POINTS, Mesh, mesh_landmarks
 from .onnx_file import open_session
 from .yunet import YuNet
 
@@ -81,14 +81,14 @@ class FilesAnalyzer(FullAnalyzer):
             mesh, angle, looks = near.mesh, None, 1
         # The network is surest of a face that is upright and framed by its own points.
         for _ in range(looks):
-            before, angle = angle, _angle(*self._mesh.landmarks(mesh)[:2])
+            before, angle = angle, _angle(*mesh_landmarks(mesh)[:2])
             mesh, presence = self._look(pixels, self._frame(mesh, angle))
             if before is not None and abs(math.remainder(angle - before, math.tau)) < _SAME_ANGLE:
                 break
         if presence < _MIN_PRESENCE:
             return None
         box = np.concatenate([mesh[:, :2].min(0), mesh[:, :2].max(0)])
-        return MeasuredFace(self._mesh.landmarks(mesh), mesh, self._mesh.pose(mesh), box, presence)
+        return MeasuredFace(mesh_landmarks(mesh), mesh, self._mesh.pose(mesh), box, presence)
 
     def _look(self, pixels: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, float]:
         """The mesh (468, 3) in pixels of the photo, seen through a (2, 3) matrix to 192 x 192; how sure a face is there."""

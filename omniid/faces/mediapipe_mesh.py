@@ -3,6 +3,7 @@
 Mesh points are (468, 3) in pixels, x to the right, y down, z away from the camera at the scale of x and y.
 """
 
+import functools
 import math
 from pathlib import Path
 
@@ -28,15 +29,13 @@ _POINTS: dict[str, tuple] = {
     "nose wings": (98, 327),
     "outer lips": (61, 40, 37, 0, 267, 270, 291, 321, 314, 17, 84, 91),
 }
-NOSE_TIP = 1
-MOUTH_CORNERS = (61, 291)
 
 # The outline of the face from the right temple over the chin to the left one.
 _OUTLINE = (
     127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397, 288, 361, 323, 454, 356,
 )  # fmt: skip
-# The jaw line's points lie in equal steps of angle about a point of the frontal face; centimetres and radians.
-_JAW_CENTRE, _JAW_ANGLE = np.array([0.0, -0.93]), 1.75
+# Where on it the jaw line's points lie: in equal steps of 12.5 degrees about the middle of the frontal canonical face.
+_JAW = (1.12, 2.1, 2.98, 3.83, 4.84, 6.17, 7.69, 9.48, 11.0, 12.52, 14.31, 15.83, 17.16, 18.17, 19.02, 19.9, 20.88)
 
 _DEPTH = 0.78  # the network stretches depth: of rendered heads turned by up to 40 degrees yaw came out 9 % too large
 
@@ -44,6 +43,25 @@ _DEPTH = 0.78  # the network stretches depth: of rendered heads turned by up to 
 _STABLE = np.array(
     [33, 133, 362, 263, 168, 6, 197, 195, 5, 4, 127, 234, 356, 454, 10, 151, 9, 21, 54, 103, 67, 109, 251, 284, 332, 297, 338]
 )  # fmt: skip
+
+
+def mesh_landmarks(mesh: np.ndarray) -> np.ndarray:
+    """Our landmarks (66, 2) of points of the mesh (468, 2 or 3)."""
+    return _landmark_weights() @ mesh[:, :2]
+
+
+@functools.cache
+def _landmark_weights() -> np.ndarray:
+    """(66, 468) weights that turn points of the mesh into landmarks."""
+    weights = np.zeros((NUM_LANDMARKS, NUM_POINTS))
+    for group, points in _POINTS.items():
+        for row, point in zip(weights[landmark_group(group)], points, strict=True):
+            row[list(point) if isinstance(point, tuple) else [point]] = 1.0
+    for row, place in zip(weights[landmark_group("jaw line")], _JAW, strict=True):
+        first = int(place)
+        row[_OUTLINE[first]] += first + 1 - place
+        row[_OUTLINE[first + 1]] += place - first
+    return weights / weights.sum(1, keepdims=True)
 
 
 class Mesh:
@@ -63,29 +81,6 @@ class Mesh:
             self.triangles = np.array(triangles, np.int32).reshape(-1, 3)
         except (OSError, ValueError) as error:
             raise FaceError(f"{path} is not MediaPipe's canonical face model ({error}); copy the file again") from error
-        self._to_landmarks = self._landmark_weights()
-
-    def _landmark_weights(self) -> np.ndarray:
-        """(66, 468) weights that turn points of the mesh into landmarks."""
-        weights = np.zeros((NUM_LANDMARKS, NUM_POINTS))
-        for group, points in _POINTS.items():
-            for row, point in zip(weights[landmark_group(group)], points, strict=True):
-                row[list(point) if isinstance(point, tuple) else [point]] = 1.0
-        offsets = self.vertices[list(_OUTLINE), :2] - _JAW_CENTRE
-        angles = np.arctan2(offsets[:, 0], -offsets[:, 1])
-        wanted = np.linspace(
-            -_JAW_ANGLE, _JAW_ANGLE, landmark_group("jaw line").stop - landmark_group("jaw line").start
-        )
-        place = np.interp(wanted, angles, np.arange(len(_OUTLINE)))
-        for row, at in zip(weights[landmark_group("jaw line")], place, strict=True):
-            first = min(int(at), len(_OUTLINE) - 2)
-            row[_OUTLINE[first]] += first + 1 - at
-            row[_OUTLINE[first + 1]] += at - first
-        return weights / weights.sum(1, keepdims=True)
-
-    def landmarks(self, mesh: np.ndarray) -> np.ndarray:
-        """(66, 2) of points of the mesh (468, 2 or 3)."""
-        return self._to_landmarks @ mesh[:, :2]
 
     def silhouette(self, mesh: np.ndarray, size: int) -> np.ndarray:
         """bool (size, size): pixels that the mesh (468, 2 or 3), in pixels of that picture, covers."""

