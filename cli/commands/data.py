@@ -5,6 +5,9 @@ import os
 
 import click
 
+from .data_curate import curate
+from .data_pack import pack
+
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -12,10 +15,16 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result a
 def data() -> None:
     """\b
     omniid data synth people --people 1000 --images 12
+    omniid data pack photos/* -o people
+    omniid data curate talks/*.mp4 -o people
     omniid data inspect people
 
     Makes and inspects sets of identity records (Parquet, one row per person).
     """
+
+
+data.add_command(curate)
+data.add_command(pack)
 
 
 @data.command()

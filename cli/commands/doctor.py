@@ -42,6 +42,8 @@ def _print(report: dict) -> None:
     click.echo(f"  native kernels   {report['native_kernels'] or slow}")
     click.echo(f"  shipped weights  {', '.join(report['weights']) or 'none: train them, see README'}")
     click.echo(f"  test photos      {report['test_data'] or 'absent: tests on real photos skip (OMNIID_TEST_DATA)'}")
+    for backend, lacks in report["faces"].items():
+        click.echo(f"  --faces {backend:<8} {'without ' + ', '.join(lacks) if lacks else 'ready'}")
     machine = report["machine"]
     _heading("this machine")
     click.echo(

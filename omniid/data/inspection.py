@@ -81,7 +81,8 @@ def inspect_records(folder: str | Path, progress: Callable[[int], None] = lambda
                     continue
                 for batch in shard.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(COLUMNS)):
                     for record in batch.to_pylist():
-                        _inspect_row(record, f"{path.name} row {row}", seen, result)
+                        problem = check_row(record, f"{path.name} row {row}", seen, result)
+                        result.problems += [problem] if problem else []
                         row += 1
                         progress(1)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -114,21 +115,19 @@ def _shards(folder: str | Path) -> list[Path]:
     return shards
 
 
-def _inspect_row(record: dict, place: str, seen: dict[str, str], result: Inspection) -> None:
+def check_row(record: dict, place: str, seen: dict[str, str], result: Inspection) -> str | None:
+    """Counts a sound record in `result`; of a damaged one, or one whose identity was seen before, says what is wrong."""
     name = record["identity_id"]
     if not isinstance(name, str) or not name:
-        result.problems.append(f"{place}: identity_id is {name!r}")
-        return
+        return f"{place}: identity_id is {name!r}"
     place = f"{place} ({name})"
-    if name in seen:
-        result.problems.append(f"{place}: the same identity_id is at {seen[name]}")
-    seen.setdefault(name, place)
+    earlier = seen.setdefault(name, place)
+    problem = None if earlier == place else f"{place}: the same identity_id is at {earlier}"
     try:
         sizes, shares = _check_images(record)
         poses, quality = _check_numbers(record, sizes)
     except OmniIDError as error:
-        result.problems.append(f"{place}: {error}")
-        return
+        return problem or f"{place}: {error}"
     split = record["split"] or "none"
     result.identities[split] += 1
     result.images[split] += len(sizes)
@@ -138,6 +137,7 @@ def _inspect_row(record: dict, place: str, seen: dict[str, str], result: Inspect
     result.pose += poses
     result.quality += quality
     result.mask_share += shares
+    return problem
 
 
 def _check_images(record: dict) -> tuple[list[tuple[int, int]], list[float]]:

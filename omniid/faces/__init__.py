@@ -2,22 +2,42 @@
 
 import functools
 
-from .face import Face, FaceAnalyzer, FaceError, SeveralFacesWarning
+from .face import Face, FaceAnalyzer, FaceCrop, FaceError, SeveralFacesWarning
 from .photo import open_photo, photos_in
 
-__all__ = ["Face", "FaceAnalyzer", "FaceError", "SeveralFacesWarning", "analyzer", "open_photo", "photos_in"]
+__all__ = [
+    "BACKENDS",
+    "Face",
+    "FaceAnalyzer",
+    "FaceCrop",
+    "FaceError",
+    "SeveralFacesWarning",
+    "analyzer",
+    "open_photo",
+    "photos_in",
+]
 
-BACKENDS = ("offline",)
+BACKENDS = ("offline", "files", "uniface")
 
 
 @functools.cache
 def analyzer(backend: str = "offline") -> FaceAnalyzer:
-    """The face analyzer of that name, made once a process; `offline` needs no download.
+    """The face analyzer of that name, made once a process.
 
-    Raises FaceError for an unknown name or when the backend's packages are missing.
+    `offline` needs no download; `files` or `files:FOLDER` reads models from a folder; `uniface` fetches its own.
+    Raises FaceError for an unknown name or when the backend's packages or files are missing.
     """
-    if backend == "offline":
+    name, _, place = backend.partition(":")
+    if name == "offline" and not place:
         from .offline import OfflineAnalyzer
 
         return OfflineAnalyzer()
-    raise FaceError(f"unknown face backend {backend!r}; use one of: {', '.join(BACKENDS)}")
+    if name == "files":
+        from .files import FilesAnalyzer
+
+        return FilesAnalyzer(place or None)
+    if name == "uniface" and not place:
+        from .uniface import UnifaceAnalyzer
+
+        return UnifaceAnalyzer()
+    raise FaceError(f"unknown face backend {backend!r}; use one of: offline, files, files:FOLDER, uniface")

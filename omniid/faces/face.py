@@ -3,16 +3,20 @@
 import abc
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from ..errors import OmniIDError
 from .align import similarity_to_template, warp
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class FaceError(OmniIDError):
@@ -47,6 +51,48 @@ class Face:
     """Which of them this is, counted from 0 from left to right."""
     note: str | None = None
     """Something the user should know, such as a choice among several faces."""
+    landmarks: np.ndarray | None = None
+    """(66, 2) float64 in the order of `landmarks.LANDMARK_GROUPS`; None where the backend has none."""
+    mesh: np.ndarray | None = field(default=None, repr=False)
+    """(N, 3) float64, all points that the backend found, in an order of its own; None where it has no more."""
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class FaceCrop:
+    """An aligned face with all that an identity record holds of it."""
+
+    face: Face
+    """Where it was found; it holds a single pixel instead of the photo."""
+    image: np.ndarray
+    """uint8 (S, S, 3), aligned to TEMPLATE; black outside the photo."""
+    mask: np.ndarray
+    """bool (S, S), the face: skin with brows, eyes and lips; no ears, neck or backdrop."""
+    landmarks: np.ndarray
+    """(66, 2) float64 in pixels of the crop, in the order of `landmarks.LANDMARK_GROUPS`."""
+    pose: tuple[float, float, float]
+    """Yaw, pitch, roll in degrees as they are in the crop: alignment has taken its part of the roll away."""
+    embedding: np.ndarray
+    """(D,) float32 of unit length, by the backend's recogniser."""
+
+
+def choose_face(sizes: Sequence[float], face: int | None, name: str) -> tuple[int, str | None]:
+    """Number of the face to take, and what the user should know of the choice.
+
+    sizes: of the faces from left to right; the largest is taken where `face` is None. Raises FaceError for a number that
+    there is not.
+    """
+    if face is None:
+        largest = max(range(len(sizes)), key=lambda i: sizes[i])
+        if len(sizes) == 1:
+            return largest, None
+        return largest, (
+            f"{name} shows {len(sizes)} faces; the largest was taken, number {largest} from the left counting from 0; "
+            "choose another with --face N"
+        )
+    if not 0 <= face < len(sizes):
+        shows = "1 face" if len(sizes) == 1 else f"{len(sizes)} faces"
+        raise FaceError(f"{name} shows {shows}, so --face must lie between 0 and {len(sizes) - 1}; got {face}")
+    return face, None
 
 
 class FaceAnalyzer(abc.ABC):
@@ -78,13 +124,35 @@ class FaceAnalyzer(abc.ABC):
 
         def one(image: Image.Image | str | Path) -> tuple[Face, np.ndarray]:
             found = self.find(image, face)
-            return replace(found, image=Image.new("RGB", (1, 1))), self.crop(found, size)
+            return without_photo(found), self.crop(found, size)
 
-        pool = ThreadPoolExecutor(max(1, min(len(images), os.cpu_count() or 1)))
-        try:
-            yield from pool.map(one, images)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from in_order(one, images)
+
+    def describe(self, face: Face, size: int) -> FaceCrop:
+        """The crop of a face that this analyzer found, with mask, landmarks and embedding.
+
+        Raises FaceError for a backend that has no models for these.
+        """
+        raise FaceError("this face backend gives no landmarks and masks; use --faces files or --faces uniface")
+
+    def analyze_many(
+        self, images: Iterable[Image.Image | str | Path], size: int, face: int | None = None
+    ) -> Iterator[FaceCrop | FaceError]:
+        """For each photo, in order: `describe` of its face, or the error that says why there is none.
+
+        Photos are worked on side by side, one a CPU, and few of them are in memory at a time. Raises FaceError at once
+        for a backend that cannot describe faces.
+        """
+        if type(self).describe is FaceAnalyzer.describe:
+            FaceAnalyzer.describe(self, None, size)
+
+        def one(image: Image.Image | str | Path) -> FaceCrop | FaceError:
+            try:
+                return self.describe(self.find(image, face), size)
+            except FaceError as error:
+                return error
+
+        return in_order(one, images)
 
     @abc.abstractmethod
     def descriptors(self, crops: list[np.ndarray] | np.ndarray) -> np.ndarray:
@@ -101,3 +169,24 @@ class FaceAnalyzer(abc.ABC):
         """uint8 (size, size, 3): the face aligned to TEMPLATE."""
         crop = warp(np.asarray(face.image), similarity_to_template(face.points[:3], size), size)
         return np.array(crop)  # writable, as torch wants it
+
+
+def without_photo(face: Face) -> Face:
+    """The face with a single pixel instead of the photo."""
+    return replace(face, image=Image.new("RGB", (1, 1)))
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map` on as many threads as there are CPUs; no more than a few results wait to be taken."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[Future] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

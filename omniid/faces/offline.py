@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from .align import apply, similarity_to_template, warp
-from .face import Face, FaceAnalyzer, FaceError
+from .face import Face, FaceAnalyzer, FaceError, choose_face
 from .photo import Photo, open_photo
+from .quality import QUALITY_SIZE, sharpness_and_size
 
 # dlib's mean face in the unit square before padding: outer and inner corner of the person's left eye, of the right
 # eye, and the nose base. Its 150 px chip adds a padding of 0.25 on every side.
@@ -107,7 +108,7 @@ class OfflineAnalyzer(FaceAnalyzer):
                 f"no face found in {photo.name}; give a photo in which the face is large, sharp and upright"
             )
         found.sort(key=lambda detection: detection.centre[0])
-        index, note = _choose(found, face, photo.name)
+        index, note = choose_face([one.size for one in found], face, photo.name)
         return self._describe(photo, gray, found[index], len(found), index, note)
 
     def _first_faces(self, gray: "_Gray") -> list[_Detection]:
@@ -157,7 +158,7 @@ class OfflineAnalyzer(FaceAnalyzer):
             index=index,
             note=note,
         )
-        return replace(face, quality=_quality(face, self.crop(face, _QUALITY_SIZE)))
+        return replace(face, quality=sharpness_and_size(self.crop(face, QUALITY_SIZE), points))
 
     def _five_points(self, gray: "_Gray", found: _Detection) -> np.ndarray:
         """(5, 2) in dlib's order, in pixels of the photo."""
@@ -197,21 +198,6 @@ def _load_dlib() -> tuple[object, Path]:
             "install them with: pip install face_recognition_models"
         )
     return dlib, Path(next(iter(spec.submodule_search_locations))) / "models"
-
-
-def _choose(found: list[_Detection], face: int | None, name: str) -> tuple[int, str | None]:
-    if face is None:
-        largest = max(range(len(found)), key=lambda i: found[i].size)
-        if len(found) == 1:
-            return largest, None
-        return largest, (
-            f"{name} shows {len(found)} faces; the largest was taken, number {largest} from the left counting from 0; "
-            "choose another with --face N"
-        )
-    if not 0 <= face < len(found):
-        shows = "1 face" if len(found) == 1 else f"{len(found)} faces"
-        raise FaceError(f"{name} shows {shows}, so --face must lie between 0 and {len(found) - 1}; got {face}")
-    return face, None
 
 
 def _distinct(candidates: list[_Detection]) -> list[_Detection]:
@@ -272,7 +258,7 @@ def _invert(matrix: np.ndarray) -> np.ndarray:
     return np.column_stack([inverse, -inverse @ matrix[:, 2]])
 
 
-# Chip, pose, quality -------------------------------------------------------------------------------------------------
+# Chip, pose ----------------------------------------------------------------------------------------------------------
 
 
 def _chip(crop: np.ndarray) -> np.ndarray:
@@ -311,21 +297,3 @@ def _pose(points: np.ndarray) -> tuple[float, float, float]:
     length = math.hypot(_NOSE_DROP, depth)
     pitch = math.acos(max(-1.0, min(1.0, y / distance / length))) - math.atan2(depth, _NOSE_DROP)
     return math.degrees(yaw), math.degrees(pitch), math.degrees(roll)
-
-
-_QUALITY_SIZE = 128
-_FULL_EYE_DISTANCE = 40.0  # px in the photo: what TEMPLATE gives a crop of 128 px
-_HALF_SHARPNESS = 100.0  # variance of the Laplacian of gray in 0..255
-
-
-def _quality(face: Face, crop: np.ndarray) -> float:
-    """Sharpness times size, 0 to 1.
-
-    Sharpness is v / (v + 100) with v the variance of the Laplacian of the crop at 128 px; size is the distance between
-    the eyes in the photo divided by 40 px, at most 1: below it, a crop of 128 px is enlarged.
-    """
-    gray = crop.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    laplacian = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:] - 4 * gray[1:-1, 1:-1]
-    variance = float(laplacian.var())
-    eye_distance = float(np.linalg.norm(face.points[1] - face.points[0]))
-    return variance / (variance + _HALF_SHARPNESS) * min(1.0, eye_distance / _FULL_EYE_DISTANCE)

@@ -220,8 +220,10 @@ def test_a_photo_without_a_face_is_refused(finder, tmp_path, kind):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(FaceError, match="unknown face backend 'magic'; use one of: offline"):
+    with pytest.raises(FaceError, match="unknown face backend 'magic'; use one of: offline, files"):
         analyzer("magic")
+    with pytest.raises(FaceError, match="unknown face backend 'offline:here'"):
+        analyzer("offline:here")
 
 
 @pytest.mark.parametrize(

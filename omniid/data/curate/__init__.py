@@ -1,0 +1,7 @@
+"""Videos to identity records, the recipe of the paper's data set (Sec. 3.4): `curate_videos`."""
+
+from .decode import VideoError
+from .run import curate_videos, find_videos
+from .settings import Settings
+
+__all__ = ["Settings", "VideoError", "curate_videos", "find_videos"]

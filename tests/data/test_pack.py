@@ -1,0 +1,158 @@
+"""omniid data pack: photos to records, bad photos to rows of a report, records of several folders to one set."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from omniid.cli.main import main
+from omniid.data import pack
+from omniid.data.inspection import inspect_records
+from omniid.data.record_shards import held_out, same_person
+from omniid.data.records import RecordError
+from omniid.faces.files import FILES
+
+DATA = Path(os.environ.get("OMNIID_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+needs_models = pytest.mark.skipif(
+    not (DATA / FILES["mesh"]).is_file(), reason=f"no face models at {DATA}; set OMNIID_TEST_DATA"
+)
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(main, ["data", "pack", *map(str, arguments)])
+
+
+def problems(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / pack.PROBLEMS_FILE).read_text().splitlines()]
+
+
+@pytest.fixture
+def people(tmp_path) -> Path:
+    """Four people with two photos each, among them files that are no photos of a face."""
+    root = tmp_path / "people"
+    for name in ("002", "003", "004", "005"):
+        (root / name).mkdir(parents=True)
+        for photo in (DATA / "london").glob(f"{name}_*.jpg"):
+            shutil.copy(photo, root / name)
+    Image.new("RGB", (200, 200), (200, 30, 30)).save(root / "002" / "wall.png")
+    (root / "003" / "zero.jpg").write_bytes(b"")
+    shutil.copy(DATA / "london" / "007_smiling.jpg", root / "004" / "other.jpg")
+    (root / "005" / "notes.txt").write_text("no photo")
+    return root
+
+
+@needs_models
+def test_photos_become_sound_records_and_bad_ones_rows_of_the_report(people, tmp_path):
+    output = tmp_path / "records"
+    result = run(people, "-o", output, "--faces", f"files:{DATA}", "--size", 96, "--held-out", 0.25, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"folder": str(output), "people": 4, "images": 8, "left_out": 3}
+    facts = inspect_records(output).as_dict()
+    assert facts["problems"] == []
+    assert facts["identities"] == {"train": 3, "validation": 1}
+    assert facts["image_sizes"] == {"96 x 96": 8}
+    why = {Path(problem["photo"]).name: problem["why"] for problem in problems(output)}
+    assert why.keys() == {"wall.png", "zero.jpg", "other.jpg"}
+    assert "no face" in why["wall.png"]
+    assert "not that of most photos" in why["other.jpg"]
+    row = parquet.read_table(output / "train-00000.parquet").to_pylist()[0]
+    assert row["source"] == "photos"
+    assert row["captions"][0].startswith("photo of a person, looking")
+    assert np.array(row["landmarks"]).shape[1:] == (66, 2)
+
+
+@needs_models
+def test_an_interrupted_call_goes_on_and_ends_with_the_same_set(people, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "PEOPLE_A_SHARD", 2)
+    settings = {"faces": f"files:{DATA}", "size": 64}
+    pack.pack_photos([people], tmp_path / "whole", **settings)
+    done = []
+
+    def stop(photos: int) -> None:
+        done.append(photos)
+        if len(done) == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack.pack_photos([people], tmp_path / "cut", progress=stop, **settings)
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["train-00000.parquet"]
+    pack.pack_photos([people], tmp_path / "cut", **settings)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(RecordError, match="made otherwise; choose another folder"):
+        pack.pack_photos([people], tmp_path / "cut", faces=f"files:{DATA}", size=32)
+
+
+@needs_models
+def test_people_with_too_few_or_too_small_photos_are_left_out(people, tmp_path):
+    output = tmp_path / "records"
+    arguments = [people / "002", people / "005", "-o", output, "--faces", f"files:{DATA}", "--size", 64]
+    assert run(*arguments, "--min-images", 3).exit_code == 0
+    assert parquet.read_table(output / "train-00000.parquet").num_rows == 0
+    assert sum(problem["photo"] is None for problem in problems(output)) == 2
+    assert run(*arguments[:-1], 32, "-o", tmp_path / "large", "--min-face", 900).exit_code == 0
+    assert all(
+        "smaller than 900" in p["why"] or "no face" in p["why"] for p in problems(tmp_path / "large") if p["photo"]
+    )
+
+
+def test_records_of_several_folders_are_checked_and_merged(records, tmp_path):
+    second = tmp_path / "second"
+    second.mkdir()
+    table = parquet.read_table(records / "train-00000.parquet")
+    rows = table.slice(0, 3).to_pylist()
+    for number, row in enumerate(rows[1:]):
+        row["identity_id"] = f"new-{number}"
+    rows[2]["images"][0] = b"junk"
+    parquet.write_table(table.from_pylist(rows, schema=table.schema), second / "train-00000.parquet")
+    (second / "train-00001.parquet").write_bytes(b"PAR1 cut off")
+    output = tmp_path / "merged"
+    result = run(records, second, "-o", output)
+    assert result.exit_code == 0, result.output
+    facts = inspect_records(output).as_dict()
+    assert facts["problems"] == []
+    assert facts["identities"] == {"train": 11, "validation": 4}
+    why = " ".join(problem["why"] for problem in problems(output))
+    for words in ("the same identity_id", "image 0 is damaged", "cannot be read after row 0"):
+        assert words in why
+    assert run(records, "-o", output).exit_code == 1  # other records
+    assert "one of the folders" in run(records, "-o", records).stderr
+
+
+def test_folders_that_cannot_be_packed_are_refused(records, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("a/x", "b/x"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "photo.jpg").write_bytes(b"")
+    assert "holds no photos" in run(tmp_path / "empty", "-o", tmp_path / "o").stderr
+    assert "is not a folder" in run(tmp_path / "none", "-o", tmp_path / "o").stderr
+    assert "two folders are called x" in run(tmp_path / "a", tmp_path / "b", "-o", tmp_path / "o").stderr
+    assert "others photos" in run(records, tmp_path / "a", "-o", tmp_path / "o").stderr
+    result = run(tmp_path / "a", "-o", tmp_path / "o", "--faces", "offline")
+    assert "use --faces files or --faces uniface" in result.stderr
+    assert run(tmp_path / "a").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "expected"), [(10, 0.2, 2), (3, 0.01, 1), (1, 0.5, 0), (5, 0.0, 0), (2, 0.9, 1)]
+)
+def test_held_out_names_do_not_depend_on_their_order(count, share, expected):
+    names = [f"video {i}" for i in range(count)]
+    chosen = held_out(names, share)
+    assert len(chosen) == expected
+    assert chosen == held_out(reversed(names), share)
+
+
+def test_the_larger_group_of_embeddings_is_the_person():
+    rng = np.random.default_rng(0)
+    people = np.eye(16)[[0] * 5 + [1] * 3] + rng.normal(0, 0.05, (8, 16))
+    people /= np.linalg.norm(people, axis=1, keepdims=True)
+    order = rng.permutation(8)
+    assert same_person(people[order], 0.5)[np.argsort(order)].tolist() == [True] * 5 + [False] * 3
+    assert same_person(np.eye(3), 0.5).sum() == 1
