@@ -26,7 +26,7 @@ from omniid.faces import FaceError, analyzer
 from omniid.faces.files import FOLDER_VARIABLE
 from omniid.files import atomic_path
 
-SIZE, STEP, MIN_FACE = 192, 2, 70.0
+SIZE, STEP, MIN_FACE = 192, 4, 70.0
 MODELS = f"files:{os.environ.get(FOLDER_VARIABLE) or Path(__file__).resolve().parents[2] / 'shared' / 'data'}"
 
 

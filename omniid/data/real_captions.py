@@ -8,7 +8,7 @@ OPENING = "photo of a person"
 
 _TURNED, _RAISED = 15.0, 9.0  # degrees, as in the captions of synthetic people
 # Height over width of an eye, and of the lips over the distance between the eyes.
-_CLOSED_EYE, _OPEN_MOUTH = 0.16, 0.62
+_CLOSED_EYE, _OPEN_MOUTH = 0.16, 0.5
 
 
 def face_caption(pose: tuple[float, float, float], landmarks: np.ndarray) -> str:
