@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omniid.contact_sheet import contact_sheet
@@ -55,11 +56,15 @@ def draw_grid(
     across, down = axes[0], axes[1] if len(axes) > 1 else Axis("", ("",))
     columns: dict[str, list[Image]] = {}
     for place, value in enumerate(across.values):
-        label = f"{across.name} {value}"
+        label = _label(across.name, value)
         if label in columns:
             label += f" ({place + 1})"
         columns[label] = []
         for other in down.values:
             columns[label].append(draw({across.name: value, **({down.name: other} if down.name else {})}))
             progress(f"picture {sum(map(len, columns.values()))} of {len(across.values) * len(down.values)}")
-    return contact_sheet(columns, [f"{down.name} {value}" if down.name else "" for value in down.values])
+    return contact_sheet(columns, [_label(down.name, value) if down.name else "" for value in down.values])
+
+
+def _label(name: str, value: object) -> str:
+    return Path(str(value)).name if name == "id" else f"{name} {value}"
