@@ -5,6 +5,8 @@ import os
 
 import click
 
+from .data_rerender import rerender
+
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -16,6 +18,9 @@ def data() -> None:
 
     Makes and inspects sets of identity records (Parquet, one row per person).
     """
+
+
+data.add_command(rerender)
 
 
 @data.command()
