@@ -58,7 +58,7 @@ def blend(model: FaceModel, people: list[Likeness], recipe: Recipe, name: str) -
         offsets=np.tensordot(weights, np.array([person.offsets for person in people]), 1),
         scalp=hair.scalp,
         texture=_blend_textures(model, [person.texture for person in people], weights, recipe),
-        eye_tint=people[recipe.upper].eye_tint,
+        eyes=people[recipe.upper].eyes,
         curtain=hair.curtain,
     )
 

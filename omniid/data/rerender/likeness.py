@@ -12,6 +12,7 @@ from omniid.data.synthetic.colour import to_linear
 from omniid.files import atomic_path
 
 from .errors import RerenderError
+from .eyes import eye_texture
 from .face_model import FaceModel
 from .fit import fit_person, photo_corrections
 from .hair_volume import Curtain, make_curtain, scalp_offsets
@@ -33,8 +34,8 @@ class Likeness:
     """(V, 3) float32, decimetres that hair adds."""
     texture: np.ndarray
     """(TILE, 2 TILE, 4) uint8, see `texture.head_texture`."""
-    eye_tint: np.ndarray
-    """(3,) float32 sRGB of the irises."""
+    eyes: np.ndarray
+    """(2, EYE_SIZE, EYE_SIZE, 3) uint8 sRGB, right and left, see `eyes.eye_texture`."""
     curtain: Curtain | None
 
     def head(self, model: FaceModel) -> np.ndarray:
@@ -47,12 +48,17 @@ class Likeness:
         return _linear(self.texture)
 
     @functools.cached_property
+    def linear_eyes(self) -> np.ndarray:
+        """(EYE_SIZE, 2 EYE_SIZE, 3) float32 linear, right eye beside left."""
+        return _linear(np.concatenate(list(self.eyes), axis=1))
+
+    @functools.cached_property
     def linear_curtain(self) -> np.ndarray:
         """(h, w, 4) float32: linear albedo and opacity of the curtain."""
         return _linear(self.curtain.texture)
 
     def save(self, path: str | Path) -> None:
-        fields = {name: getattr(self, name) for name in ("name", "identity", "offsets", "scalp", "texture", "eye_tint")}
+        fields = {name: getattr(self, name) for name in ("name", "identity", "offsets", "scalp", "texture", "eyes")}
         if self.curtain is not None:
             fields |= {f"curtain_{name}": value for name, value in vars(self.curtain).items()}
         with atomic_path(path) as temporary, open(temporary, "wb") as handle:
@@ -63,7 +69,7 @@ class Likeness:
         with np.load(path) as arrays:
             fields = {name: arrays[name] for name in arrays.files}
         sheet = {name.removeprefix("curtain_"): fields[name] for name in fields if name.startswith("curtain_")}
-        plain = {name: fields[name] for name in ("identity", "offsets", "scalp", "texture", "eye_tint")}
+        plain = {name: fields[name] for name in ("identity", "offsets", "scalp", "texture", "eyes")}
         return cls(name=str(fields["name"]), curtain=Curtain(**sheet) if sheet else None, **plain)
 
 
@@ -96,13 +102,19 @@ def make_likeness(model: FaceModel, person_mask: PersonMask, name: str, photos: 
         corrections = photo_corrections(model, bare, camera, photos[k].points)
         shown.append(PhotoOnHead(cut, bare + scalp, camera, corrections))
     first = order[0]
+    centres = fit.cameras[first].project(model.eye_centres)[:, :2]
     return Likeness(
         name=name,
         identity=fit.identity.astype(np.float32),
         offsets=fit.offsets,
         scalp=scalp,
         texture=head_texture(model, shown, seed=zlib.crc32(name.encode())),
-        eye_tint=_eye_tint(model, shown[0], photos[first]),
+        eyes=np.array(
+            [
+                eye_texture(photos[first].image, photos[first].points, fit.cameras[first], centres[eye], eye)
+                for eye in (0, 1)
+            ]
+        ),
         curtain=curtain,
     )
 
@@ -111,24 +123,3 @@ def _linear(picture: np.ndarray) -> np.ndarray:
     values = picture.astype(np.float32) / 255
     values[..., :3] = to_linear(values[..., :3])
     return values
-
-
-def _eye_tint(model: FaceModel, shown: PhotoOnHead, photo: Photo) -> np.ndarray:
-    """(3,) sRGB of the irises: a ring around the pupils, below the upper lids."""
-    pixels = np.asarray(photo.image, np.float32) / 255
-    colours = []
-    for eye in (0, 1):
-        if len(photo.points) >= 478:
-            ring = photo.points[468 + 5 * eye : 473 + 5 * eye, :2].astype(np.float64)
-            centre, radius = ring[0], np.linalg.norm(ring[1:] - ring[0], axis=1).mean()
-        else:
-            centre = shown.camera.project(model.eye_centres[eye : eye + 1])[0, :2]
-            radius = 0.058 * shown.camera.scale
-        angles, shares = np.radians(np.arange(-25, 206, 7)), np.linspace(0.55, 0.85, 5)
-        offsets = np.stack([np.cos(angles)[:, None] * shares, np.sin(angles)[:, None] * shares], axis=-1)
-        at = (centre + radius * offsets.reshape(-1, 2)).astype(int)
-        at = np.clip(at, 0, np.array(photo.image.size) - 1)
-        colours.append(pixels[at[:, 1], at[:, 0]])
-    found = np.concatenate(colours)
-    # Lights of the studio mirror in the eyes: the darker half is iris.
-    return np.median(found[np.argsort(found.sum(1))[: len(found) // 2]], axis=0).astype(np.float32)

@@ -24,14 +24,14 @@ from omniid.kernels.sample_texture import sample_texture
 from omniid.kernels.vertex_normals import vertex_normals
 
 from .errors import RerenderError
+from .eyes import EYE_SIZE, EYE_SPAN
 from .expressions import UNITS, expression_weights
 from .face_model import EYE, GUMS, MOUTH, SKIN, SOCKET, TEETH, FaceModel
 from .likeness import Likeness
 from .texture import TILE, Unwrap, unwrap
 
-_EXPOSURE = 0.8  # textures hold what the photo's light, about 1, made of the skin
+_EXPOSURE = 0.85  # textures hold what the photo's light, about 1, made of the skin
 _WRAP = np.array([0.34, 0.20, 0.14], dtype=np.float32)
-_IRIS = 0.059  # decimetres, radius
 _INSIDES = {  # linear albedo, share of the surroundings that it sees
     MOUTH: ((0.10, 0.02, 0.02), 0.30),
     SOCKET: ((0.08, 0.03, 0.03), 0.30),
@@ -102,8 +102,8 @@ def render(model: FaceModel, person: Likeness, view: View, size: int = 256, alig
 
 
 def _light(view: View, shadow: ShadowMap) -> SkinLight:
-    key = np.array(view.light_colour, dtype=np.float32) * (1.25 * _EXPOSURE)
-    ambient = np.array(view.ambient, dtype=np.float32) * _EXPOSURE
+    key = np.array(view.light_colour, dtype=np.float32) * _EXPOSURE
+    ambient = (np.array(view.ambient, dtype=np.float32) + 0.2) * _EXPOSURE
     return SkinLight(shadow.frame[:, 2], key, ambient, _WRAP, view.distance)
 
 
@@ -139,7 +139,7 @@ def _shade(
     shade = np.ones(0)
     if len(eyes):
         albedo[eyes], normals[eyes], shade = _eye(model, person, view, rest, rotation, on_head[eyes])
-        gloss[eyes], sharpness[eyes] = 0.4, 500
+        gloss[eyes], sharpness[eyes] = 0.15, 500
         occlusion[eyes] = shade
     lit = shadow.lit(points, normals, 0.04)
     inside = (materials == MOUTH) | (materials == GUMS) | (materials == TEETH)
@@ -177,16 +177,12 @@ def _eye(
     side /= np.linalg.norm(side)
     upward = np.cross(forward, side)
     x, y = local @ side.astype(np.float32), local @ upward.astype(np.float32)
-    distance, angle = np.hypot(x, y) / _IRIS, np.arctan2(y, x)
-    tint = to_linear(person.eye_tint)
-    fibres = 1 + 0.15 * np.sin(angle * 23 + 5 * person.eye_tint[0]) * smoothstep(0.3, 0.7, distance)
-    ring = 1 - 0.6 * smoothstep(0.75, 1.0, distance)
-    iris = tint * (fibres * ring * (1.2 - 0.3 * distance))[:, None]
-    white = np.array([0.58, 0.54, 0.51], np.float32) * (1 - 0.3 * smoothstep(0.07, 0.14, np.abs(local[:, 0])))[:, None]
-    albedo = white + (iris - white) * smoothstep(1.08, 0.92, distance)[:, None]
-    albedo *= (1 - 0.96 * smoothstep(0.48, 0.38, distance))[:, None]
+    is_left = on_head[:, 0] > 0
+    place = np.column_stack([x, -y]) * (EYE_SIZE / EYE_SPAN) + EYE_SIZE / 2
+    place = np.clip(place, 0.5, EYE_SIZE - 0.5) + np.where(is_left[:, None], [EYE_SIZE, 0], 0)
+    albedo = sample_texture(person.linear_eyes, place)
     normals = local / np.maximum(np.linalg.norm(local, axis=1), 1e-6)[:, None]
-    shade = 0.9 - 0.5 * smoothstep(0.0, 0.06, local[:, 1]) - 0.25 * smoothstep(0.08, 0.14, np.abs(local[:, 0]))
+    shade = 1 - 0.35 * smoothstep(0.02, 0.07, local[:, 1])  # the upper lid and its lashes
     return albedo, normals @ rotation.T, shade.astype(np.float32)
 
 

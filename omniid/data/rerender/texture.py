@@ -2,7 +2,7 @@
 
 Each texel takes the photo where the surface faces the camera, nothing is in front of it and the matte calls it person;
 elsewhere the colour of the vertex, which comes from the other side of the head or spreads from known neighbours along
-the mesh. The light of the photo is estimated as spherical harmonics of order 2 over the skin and divided out.
+the mesh. The light of the photo is estimated as spherical harmonics of order 1 over the skin and divided out.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from .matte import Matte, fill
 TILE = 640
 """Texels along a side of each of the two tiles, face and back of the head."""
 
-_LARGEST_SHADING = 0.4  # of the logarithm that is divided out
+_LARGEST_SHADING = 0.25  # of the logarithm that is divided out
+_SHADING_SHARE = 0.5  # some of what looks like light is form: dividing all of it out flattens the face
 _HAIR_GRAIN = 0.5
 _SMOOTHING = 120  # rounds
 
@@ -153,21 +154,21 @@ def _merge(shown: list[_Shown]) -> _Shown:
 def _shading(model: FaceModel, normals: np.ndarray, shown: _Shown) -> np.ndarray:
     """(V,) float32, logarithm of the light that the photo has at the vertices, 0 on average over the skin."""
     x, y, z = normals.astype(np.float64).T
-    basis = np.stack([np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 3 * z * z - 1], axis=1)
+    basis = np.stack([np.ones_like(x), x, y, z], axis=1)
     places = model.neutral
     chosen = (shown.trust > 0.5) & (places[:, 2] > 0.95) & (places[:, 1] < 7.95) & (model.eye_vertices == 0)
     chosen &= places[:, 1] > 6.2
     design = basis[chosen]
     value = np.log(shown.colours[chosen] @ [0.2126, 0.7152, 0.0722] + 1e-3)
     weight = np.ones(len(value))
-    penalty = np.diag([1e-6] + [0.02 * len(value)] * 8)
+    penalty = np.diag([1e-6] + [0.02 * len(value)] * 3)
     for _ in range(8):  # brows, eyes, lips, beard and highlights are not light: they lose their weight
         solution = np.linalg.solve((design * weight[:, None]).T @ design + penalty, design.T @ (weight * value))
         miss = value - design @ solution
         spread = 1.4826 * np.median(np.abs(miss)) + 1e-3
         weight = 1 / (1 + (miss / spread) ** 2)
     light = basis @ solution
-    light -= np.median(light[chosen])
+    light = _SHADING_SHARE * (light - np.median(light[chosen]))
     return np.clip(light, -_LARGEST_SHADING, _LARGEST_SHADING).astype(np.float32)
 
 
