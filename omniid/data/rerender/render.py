@@ -11,7 +11,6 @@ import numpy as np
 
 from omniid.data.synthetic.camera import frame_matrix, head_rotation, pose, project
 from omniid.data.synthetic.captions import OPENING, describe
-from omniid.data.synthetic.colour import to_linear
 from omniid.data.synthetic.noise import smoothstep
 from omniid.data.synthetic.picture import SUPERSAMPLING, block_sums, develop, fine_background, to_pixels
 from omniid.data.synthetic.render import RenderedFace
@@ -24,14 +23,14 @@ from omniid.kernels.sample_texture import sample_texture
 from omniid.kernels.vertex_normals import vertex_normals
 
 from .errors import RerenderError
-from .eyes import EYE_SIZE, EYE_SPAN
 from .expressions import UNITS, expression_weights
+from .eyes import EYE_SIZE, EYE_SPAN
 from .face_model import EYE, GUMS, MOUTH, SKIN, SOCKET, TEETH, FaceModel
 from .likeness import Likeness
 from .texture import TILE, Unwrap, unwrap
 
 _EXPOSURE = 0.85  # textures hold what the photo's light, about 1, made of the skin
-_WRAP = np.array([0.34, 0.20, 0.14], dtype=np.float32)
+_WRAP = np.array([0.60, 0.50, 0.45], dtype=np.float32)
 _INSIDES = {  # linear albedo, share of the surroundings that it sees
     MOUTH: ((0.10, 0.02, 0.02), 0.30),
     SOCKET: ((0.08, 0.03, 0.03), 0.30),
