@@ -62,6 +62,7 @@ EXTRAS = {
     "triton": ["triton>=3.6; platform_system == 'Linux'"],
     "export": ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23", "tensorrt-rtx>=1.5; platform_system == 'Linux'"],
     "faces": ["uniface>=1.0", "onnxruntime>=1.23", "ai-edge-litert>=1.4; platform_system == 'Linux'"],
+    "rerender": ["ai-edge-litert>=1.4; platform_system == 'Linux'"],
     "video": ["av>=14", "scenedetect>=0.6"],
     "track": ["wandb>=0.20", "trackio>=0.5"],
     "app": ["gradio>=5"],

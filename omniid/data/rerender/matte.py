@@ -126,7 +126,7 @@ def fill(values: np.ndarray, known: np.ndarray) -> np.ndarray:
 def _pull_push(total: np.ndarray, weight: np.ndarray) -> np.ndarray:
     height, width = weight.shape[:2]
     mean = total / np.maximum(weight, 1e-6)
-    if max(height, width) <= 2 or (weight > 0).all():
+    if max(height, width) == 1 or (weight > 0).all():
         return mean
     padded = [np.pad(array, ((0, height % 2), (0, width % 2), (0, 0))) for array in (total, weight)]
     halves = [a[0::2, 0::2] + a[1::2, 0::2] + a[0::2, 1::2] + a[1::2, 1::2] for a in padded]
