@@ -63,6 +63,7 @@ EXTRAS = {
     "export": ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23", "tensorrt-rtx>=1.5; platform_system == 'Linux'"],
     "faces": ["uniface>=4.2", "onnxruntime>=1.23", "ai-edge-litert>=1.4"],
     "video": ["av>=14", "scenedetect-headless>=0.7"],
+    "rerender": ["ai-edge-litert>=1.4"],
     "track": ["wandb>=0.20", "trackio>=0.5"],
     "watermark": ["invisible-watermark>=0.2"],
     "app": ["gradio>=5"],

@@ -7,6 +7,7 @@ import click
 
 from .data_curate import curate
 from .data_pack import pack
+from .data_rerender import rerender
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
@@ -25,6 +26,7 @@ def data() -> None:
 
 data.add_command(curate)
 data.add_command(pack)
+data.add_command(rerender)
 
 
 @data.command()

@@ -132,11 +132,11 @@ class AdapterGraph(nn.Module):
 class _PlainProcessor(IdentityAttnProcessor):
     """The identity's attention in plain PyTorch."""
 
-    @staticmethod
-    def add(output: Tensor, query: Tensor, uses: list) -> Tensor:
-        for keys, values, scale in uses:
-            output = output + scale.to(output.dtype)[:, :, None, None] * attention(query, keys, values)
-        return output
+    def add_identities(self, output: Tensor, query: Tensor, num_text_tokens: int) -> Tensor:
+        image, query = output[:, num_text_tokens:], query[:, num_text_tokens:]
+        for keys, values, scale in self.uses:
+            image = image + scale.to(output.dtype)[:, :, None, None] * attention(query, keys, values)
+        return torch.cat([output[:, :num_text_tokens], image], dim=1)
 
 
 class _Rotation(nn.Module):
@@ -186,7 +186,7 @@ class TransformerGraph(nn.Module):
         dtype = self.transformer.dtype
         processors = [module.processor for module in attention_modules(self.transformer)]
         attached = AttachedIdentities([IdentityUse(IdentityKV(id_k, id_v), id_scale)], len(processors), False)
-        attached.begin_pass(latents.shape[1])
+        attached.begin_pass(latents)
         kept, self.transformer.pos_embed = self.transformer.pos_embed, self.rotation
         try:
             for module, uses in zip(attention_modules(self.transformer), attached.of_block, strict=True):

@@ -337,23 +337,23 @@ class IdentityAttnProcessor:
             )
         num_text_tokens = output.shape[1] - self.attached.num_image_tokens
         if self.uses:
-            image_query = query[:, num_text_tokens:]
-            if torch.is_grad_enabled():
-                image = add_identity_attention(output[:, num_text_tokens:], image_query, self.uses)
-                output = torch.cat([output[:, :num_text_tokens], image], dim=1)
-            else:
-                for (
-                    keys,
-                    values,
-                    scale,
-                ) in self.uses:  # into the image's part of the output, which nobody else holds yet
-                    add_one_identity_(output[:, num_text_tokens:], image_query, *_for_all(keys, values, query), scale)
+            output = self.add_identities(output, query, num_text_tokens)
         output = output.flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return output
         text, image = output.split_with_sizes([num_text_tokens, self.attached.num_image_tokens], dim=1)
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         return image, attn.to_add_out(text.contiguous())
+
+    def add_identities(self, output: Tensor, query: Tensor, num_text_tokens: int) -> Tensor:
+        """The joint attention's output (B, L, H, D) with the identities' added to its image tokens; may write into it."""
+        image_query = query[:, num_text_tokens:]
+        if torch.is_grad_enabled():
+            image = add_identity_attention(output[:, num_text_tokens:], image_query, self.uses)
+            return torch.cat([output[:, :num_text_tokens], image], dim=1)
+        for keys, values, scale in self.uses:  # nobody else holds the output yet
+            add_one_identity_(output[:, num_text_tokens:], image_query, *_for_all(keys, values, query), scale)
+        return output
 
 
 @contextlib.contextmanager

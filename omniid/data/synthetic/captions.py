@@ -40,6 +40,11 @@ def caption(person: Person, view: View) -> str:
         has.append("freckles")
     has.append(f"{traits.eye_colour} eyes")
     sentence = f"{OPENING} with {', '.join(has[:-1])} and {has[-1]}"
+    return f"{sentence}, {describe(view)}"
+
+
+def describe(view: View) -> str:
+    """The part of a caption that tells of the view: "smiling, looking to the left, soft light, blue background"."""
     turn = _YAW[2] if abs(view.yaw) < 15 else _YAW[1] if view.yaw > 0 else _YAW[0]
     parts = [_EXPRESSION[view.expression], turn]
     if abs(view.pitch) > 9:
@@ -51,7 +56,7 @@ def caption(person: Person, view: View) -> str:
     else:
         parts.append(_LIGHT[1])
     parts.append(_BACKGROUND[view.background].format(view.background_colour))
-    return ", ".join([sentence, *parts])
+    return ", ".join(parts)
 
 
 def _vocabulary() -> tuple[str, ...]:

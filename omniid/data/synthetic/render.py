@@ -7,7 +7,6 @@ import dataclasses
 import functools
 
 import numpy as np
-from PIL import Image, ImageFilter
 
 from omniid.faces import align
 from omniid.kernels.rasterize import find_visible, interpolate
@@ -15,13 +14,11 @@ from omniid.kernels.vertex_normals import vertex_normals
 
 from .camera import frame_matrix, head_rotation, pose, project, project_landmarks
 from .captions import caption
-from .colour import to_linear, to_srgb
 from .head_model import head_model
 from .person import Person
+from .picture import SUPERSAMPLING, block_sums, develop, fine_background, to_pixels
 from .shading import hair_cover, is_face, light_direction, shade_hair, shade_head, shadow_map
 from .view import EXPRESSIONS, View
-
-SUPERSAMPLING = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,11 +67,11 @@ def render(person: Person, view: View, size: int = 128, aligned: bool = True) ->
 
     # Which surface each pixel of the fine grid shows.
     fine = size * SUPERSAMPLING
-    points = _to_pixels(flat, posed, frame, view)
+    points = to_pixels(flat, posed, frame, view)
     front = find_visible(points, model.triangles, fine, fine)
     is_bare = front.ids >= 0
     if hair is not None:
-        hair_points = _to_pixels(project(hair_posed, view), hair_posed, frame, view)
+        hair_points = to_pixels(project(hair_posed, view), hair_posed, frame, view)
         hair_front = find_visible(hair_points, hair.triangles, fine, fine)
         # The shell of the hair begins on the skin.
         hairy = np.flatnonzero((hair_front.ids >= 0) & (hair_front.depths < front.depths + 0.01))
@@ -84,10 +81,7 @@ def render(person: Person, view: View, size: int = 128, aligned: bool = True) ->
         is_bare.ravel()[hairy[cover.opacity >= 1]] = False  # what nobody sees is not shaded
 
     # First layer: skin, eyes, mouth, before the background.
-    picture = np.empty((size, SUPERSAMPLING, fine, 3), dtype=np.float32)
-    # Smooth, so it needs no finer grid.
-    picture[:] = _background(view, size).repeat(SUPERSAMPLING, axis=1)[:, None]
-    picture = picture.reshape(fine * fine, 3)  # linear
+    picture = fine_background(view, size)
     bare = np.flatnonzero(is_bare)
     attributes = np.concatenate([vertex_normals(posed, model.triangles), model.vertices, posed, _scalars()], axis=1)
     values = interpolate(points, model.triangles, attributes, front, bare)
@@ -107,8 +101,8 @@ def render(person: Person, view: View, size: int = 128, aligned: bool = True) ->
         picture[hairy] = under + (colour - under) * cover.opacity[:, None]
 
     return RenderedFace(
-        image=_develop(_sums(picture, size) / np.float32(SUPERSAMPLING**2), view),
-        mask=_sums(face, size)[..., 0] > SUPERSAMPLING**2 // 2,
+        image=develop(block_sums(picture, size) / np.float32(SUPERSAMPLING**2), view),
+        mask=block_sums(face, size)[..., 0] > SUPERSAMPLING**2 // 2,
         landmarks=align.apply(frame, landmarks).astype(np.float32),
         yaw=view.yaw,
         pitch=view.pitch,
@@ -117,50 +111,8 @@ def render(person: Person, view: View, size: int = 128, aligned: bool = True) ->
     )
 
 
-def _to_pixels(flat: np.ndarray, posed: np.ndarray, frame: np.ndarray, view: View) -> np.ndarray:
-    """(n, 3) x and y in pixels of the fine grid, and depth from the camera, as `rasterize` takes them."""
-    return np.concatenate([align.apply(frame, flat) * SUPERSAMPLING, (view.distance - posed[:, 2])[:, None]], axis=1)
-
-
-def _sums(fine: np.ndarray, size: int) -> np.ndarray:
-    """(size, size, C) sums over SUPERSAMPLING x SUPERSAMPLING blocks of the fine grid's pixels (fine * fine, ...)."""
-    rows = fine.reshape(size, SUPERSAMPLING, -1)
-    rows = sum(rows[:, i] for i in range(SUPERSAMPLING)).reshape(size, size, SUPERSAMPLING, -1)
-    return sum(rows[:, :, i] for i in range(SUPERSAMPLING))
-
-
 @functools.cache
 def _scalars() -> np.ndarray:
     """(V, 3) occlusion, lips and lashes of the head's vertices."""
     model = head_model()
     return np.stack([model.occlusion, model.lips, model.lashes], axis=1)
-
-
-def _background(view: View, size: int) -> np.ndarray:
-    """(size, size, 3) float32 linear."""
-    rng = np.random.default_rng([20243, view.seed])
-    first, second = (np.array(tint, dtype=np.float32) for tint in view.background_tints)
-    if view.background == "plain":
-        return np.broadcast_to(to_linear(first), (size, size, 3))
-    elif view.background == "gradient":
-        angle = rng.uniform(0, 2 * np.pi)
-        ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
-        mix = (0.5 + ramp[None, :] * np.cos(angle) + ramp[:, None] * np.sin(angle))[..., None]
-    else:
-        coarse = rng.random((7, 7, 3)).astype(np.float32) * 255
-        blobs = Image.fromarray(coarse.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-        mix = np.asarray(blobs, dtype=np.float32) / 255
-    return to_linear(np.clip(first + (second - first) * mix + 0.12 * (mix - mix.mean()), 0, 1))
-
-
-def _develop(picture: np.ndarray, view: View) -> np.ndarray:
-    """Linear (H, W, 3) to uint8: a soft shoulder for highlights, sRGB, blur, grain."""
-    bright = np.maximum(picture - 0.7, 0)
-    picture = np.minimum(picture, 0.7) + bright / (1 + bright / 0.3)
-    pixels = to_srgb(np.clip(picture, 0, 1)) * 255
-    size = len(picture)
-    if view.blur * size > 0.2:
-        blurred = Image.fromarray(pixels.astype(np.uint8)).filter(ImageFilter.GaussianBlur(view.blur * size))
-        pixels = np.asarray(blurred, dtype=np.float32)
-    grain = np.random.default_rng([20244, view.seed]).standard_normal((size, size, 1), dtype=np.float32)
-    return np.clip(pixels + grain * (255 * view.noise) + 0.5, 0, 255).astype(np.uint8)
