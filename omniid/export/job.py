@@ -83,7 +83,7 @@ def export_part(request: Request, folder: str | Path, say: Say = lambda text: No
     plain = (
         target if request.precision == wide else folder / f".{request.what}{form}_{wide}_for_{request.precision}.onnx"
     )
-    metadata = part.metadata | {"precision": request.precision, "preset": request.source}
+    metadata = part.metadata | {"precision": request.precision, "preset": part.preset.name}
     start = time.perf_counter()
     reference = part.reference()  # before the weights are rounded
     say(f"writing {plain.name.removeprefix('.')} at opset {request.opset}")
