@@ -74,6 +74,7 @@ def test_a_transformer_in_fp8_draws_nearly_the_same(drawing_weights):
 
 
 def test_four_bit_settings_are_those_of_both_libraries():
+    pytest.importorskip("bitsandbytes")
     mapping = bitsandbytes_settings().quant_mapping
     assert set(mapping) == {"transformer", "text_encoder_2"}
     for settings in mapping.values():
