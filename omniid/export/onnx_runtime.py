@@ -27,6 +27,8 @@ def open_session(model, folder: str | Path | None = None, provider: str = "cpu",
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads() if num_threads is None else num_threads
     options.log_severity_level = 3
+    # Threads that spin while they wait would take the cores from PyTorch's and the face detector's.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Folding quantise and dequantise nodes would replace what is to be proven.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if isinstance(model, (str, Path)):
