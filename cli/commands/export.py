@@ -107,9 +107,9 @@ def trt_command(
     """
     from pathlib import Path
 
-    from omniid.export.tensorrt import BuildOptions, build_engine, runtime_module, weights_in_engine
+    from omniid.export.tensorrt import BuildOptions, build_engine, choose_targets, weights_in_engine
 
-    runtime_module(runtime)  # a missing runtime is said before the work
+    choose_targets(runtime, targets, precision)  # what cannot be built is said before the work
     exported = _export(precision=precision, as_json=as_json, **options)
     _fail_unless(exported.report)
     settings = BuildOptions(runtime=runtime, targets=targets, weight_streaming=weight_streaming, stripped=stripped)

@@ -56,7 +56,6 @@ class _PlainEncoder(nn.Module):
     def __init__(self, encoder: OmniIDEncoder):
         super().__init__()
         self.encoder = encoder
-        self.num_heads = encoder.config.num_heads
 
     def photo_tokens(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) to the tower's tokens (N, L_x, C_tower); normalisation is inside."""

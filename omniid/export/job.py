@@ -12,7 +12,7 @@ from omniid.config import ConfigError, Preset, load_preset
 from omniid.export import fp8, int8
 from omniid.export.exported_encoder import OnnxEncoder, encoder_inputs
 from omniid.export.graphs import Graph, adapter_graph, encoder_graph, plain_tower, transformer_graph
-from omniid.export.onnx import OPSET, ExportError, export_onnx
+from omniid.export.onnx import OPSET, WEIGHTS_SUFFIX, ExportError, export_onnx
 from omniid.export.onnx_runtime import feed, open_session
 from omniid.export.parity import (
     Measure,
@@ -101,7 +101,7 @@ def export_part(request: Request, folder: str | Path, say: Say = lambda text: No
             int8.quantize(plain, target)
     finally:
         if plain != target:
-            for leftover in (plain, plain.with_name(plain.name + ".data")):
+            for leftover in (plain, plain.with_name(plain.name + WEIGHTS_SUFFIX)):
                 leftover.unlink(missing_ok=True)
     seconds = time.perf_counter() - start
     say("comparing it with PyTorch")

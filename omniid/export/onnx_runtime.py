@@ -11,7 +11,7 @@ from torch import Tensor
 from omniid.export.onnx import ExportError, require
 
 
-def open_session(model, folder: str | Path | None = None, provider: str = "cpu", num_threads: int | None = None):
+def open_session(model, folder: str | Path | None = None, provider: str = "cpu"):
     """An onnxruntime session of an ONNX file, or of an onnx_ir model whose external weights lie in `folder`.
 
     On a CPU, whose products are in fp32, a bf16 graph runs with its bf16 weights and fp32 activations. provider: cpu or cuda.
@@ -25,7 +25,7 @@ def open_session(model, folder: str | Path | None = None, provider: str = "cpu",
     if names[provider] not in ort.get_available_providers():
         raise ExportError(f"this onnxruntime cannot run on {provider}; install onnxruntime-gpu, or run on the CPU")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads() if num_threads is None else num_threads
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     # Threads that spin while they wait would take the cores from PyTorch's and the face detector's.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

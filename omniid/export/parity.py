@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from omniid.errors import OmniIDError
+from omniid.export.onnx import WEIGHTS_SUFFIX
 
 LEAST_COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp8": 0.995, "int8": 0.99}
 """Between an export's values and fp32 PyTorch's."""
@@ -64,10 +64,6 @@ class ParityReport:
             lines.append(f"  {one.name:<{width}}  {one.value:.6g}{bound}{'' if one.holds else '  <- fails'}")
         lines += [f"  {name}: {value}" for name, value in self.notes.items()]
         return "\n".join(lines)
-
-
-class ParityError(OmniIDError):
-    """An export that differs from PyTorch by more than its precision explains."""
 
 
 def encoder_measures(reference: Tensor, codes: Tensor, precision: str) -> list[Measure]:
@@ -142,4 +138,4 @@ def psnr(wanted: Tensor, got: Tensor) -> float:
 def size_of(path: str | Path) -> int:
     """Bytes of an ONNX file with the weights beside it."""
     path = Path(path)
-    return sum(part.stat().st_size for part in (path, path.with_name(path.name + ".data")) if part.is_file())
+    return sum(part.stat().st_size for part in (path, path.with_name(path.name + WEIGHTS_SUFFIX)) if part.is_file())

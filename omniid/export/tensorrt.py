@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from omniid.export.graphs import Profile
-from omniid.export.onnx import ExportError
+from omniid.export.onnx import WEIGHTS_SUFFIX, ExportError
 from omniid.files import atomic_path
 
 MANIFEST = "manifest.json"
@@ -46,7 +46,6 @@ class BuildOptions:
     """Weights may stay in host memory and stream to a GPU that is too small for them."""
     stripped: bool = False
     """Leaves the weights out; refit the engine from the ONNX file before use."""
-    workspace_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +77,7 @@ def build_engine(
     """
     options = options or BuildOptions()
     onnx_file, folder = Path(onnx_file), Path(folder)
+    targets = choose_targets(options.runtime, options.targets, metadata["precision"])
     trt, package = runtime_module(options.runtime)
     logger = _logger(trt)
     builder = trt.Builder(logger)
@@ -101,9 +101,10 @@ def build_engine(
     for name, wanted in flags.items():
         if wanted:
             config.set_flag(getattr(trt.BuilderFlag, name))
-    if options.workspace_bytes is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
-    targets = _set_targets(trt, config, options.targets, package, metadata["precision"])
+    if package != "tensorrt":  # which builds for the GPU it runs on
+        config.num_compute_capabilities = len(targets)
+        for index, name in enumerate(targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
     cache = _use_timing_cache(config, folder) if package == "tensorrt" else None
     if progress:
         config.progress_monitor = _progress(trt)
@@ -228,8 +229,12 @@ def weights_in_engine(engine_file: str | Path, onnx_file: str | Path) -> dict[st
     return found
 
 
-def _set_targets(trt, config, wish: Sequence[str], package: str, precision: str) -> tuple[str, ...]:
-    """The compute capabilities that the engine is for."""
+def choose_targets(runtime: str, wish: Sequence[str], precision: str) -> tuple[str, ...]:
+    """The compute capabilities that an engine of a runtime (`BuildOptions.runtime`) and precision is built for.
+
+    Raises ExportError for a runtime or target that there is not here, and for a target without fp8.
+    """
+    trt, package = runtime_module(runtime)
     if package == "tensorrt":
         import torch
 
@@ -249,9 +254,6 @@ def _set_targets(trt, config, wish: Sequence[str], package: str, precision: str)
     if wish and too_old:
         raise ExportError(f"{too_old[0]} has no fp8; export bf16 for it, or choose sm{FIRST_TARGET_WITH_FP8} and newer")
     wish = wish or [name for name in DEFAULT_TARGETS if name not in too_old]
-    config.num_compute_capabilities = len(wish)
-    for index, name in enumerate(wish):
-        config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
     return tuple(wish)
 
 
@@ -286,7 +288,7 @@ def _read(manifest: Path) -> dict[str, Engine]:
 def _digest(path: Path) -> str:
     """sha256 of a file, and of the weights beside it where it has some."""
     digest = hashlib.sha256()
-    for part in (path, path.with_name(path.name + ".data")):
+    for part in (path, path.with_name(path.name + WEIGHTS_SUFFIX)):
         if part.is_file():
             with open(part, "rb") as file:
                 while block := file.read(1 << 24):

@@ -3,6 +3,7 @@
 The files are those of a weights folder, so each side reads what the other wrote.
 """
 
+import abc
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,7 +38,7 @@ generated.
 """
 
 
-class HubModel(ModelHubMixin):
+class HubModel(ModelHubMixin, abc.ABC):
     """A module with one weights file and methods `save(path, dtype)` and `_from_files(weights, settings)`."""
 
     WEIGHTS_FILE: ClassVar[str]
@@ -77,9 +78,9 @@ class HubModel(ModelHubMixin):
         return []
 
     @classmethod
+    @abc.abstractmethod
     def _from_files(cls, weights: Path, folder: Path):
         """The model of a weights file in a folder that may hold more about it."""
-        raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.save(save_directory / self.WEIGHTS_FILE, _narrowest(self.parameters()))

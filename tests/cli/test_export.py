@@ -86,6 +86,15 @@ def test_an_fp8_adapter_is_half_as_large_and_loads_like_any(tiny, tiny_weights, 
     assert run("export", "fp8", "--preset", weights, "-o", tmp_path / "a.pt").exit_code == 1
 
 
+def test_what_cannot_be_built_is_said_before_anything_is_exported(tiny_weights, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    for target, message in (("sm70", "builds no engine for sm70"), ("sm86", "sm86 has no fp8")):
+        options = ["--what", "adapter", "--precision", "fp8", "--runtime", "rtx", "--target", target]
+        result = run("export", "trt", *options, "--preset", tiny_weights, "-o", tmp_path)
+        assert result.exit_code == 1 and message in result.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_names_the_commands():
     result = run("export", "--help")
     assert result.exit_code == 0
