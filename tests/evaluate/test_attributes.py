@@ -25,10 +25,13 @@ class Renderer:
         for check in checks(SIZE) if obeys else ():
             self.views |= dict(zip(check.prompts(), check.views, strict=True))
 
-    def generate(self, identity, prompt, seed):
-        usual = replace(View.sample(seed, yaw_range=10.0), **attributes._usual_view())
-        view = attributes._with(usual, self.views.get(prompt, {}))
-        return [Image.fromarray(render(identity, view, SIZE).image)]
+    def generate_batch(self, identities, prompts, seeds):
+        pictures = []
+        for person, prompt, seed in zip(identities, prompts, seeds, strict=True):
+            usual = replace(View.sample(seed, yaw_range=10.0), **attributes._usual_view())
+            view = attributes._with(usual, self.views.get(prompt, {}))
+            pictures.append(Image.fromarray(render(person, view, SIZE).image))
+        return pictures
 
 
 @pytest.fixture(autouse=True)
