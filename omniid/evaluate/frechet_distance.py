@@ -73,7 +73,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     if min(len(a), len(b)) < 2:
         raise ValueError(f"the Fréchet distance needs at least two of each, got {len(a)} and {len(b)}")
     centred_a, centred_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
-    # tr (C_a C_b)^(1/2) is the sum of the singular values of the product of the centred features: no matrix root.
-    root = np.linalg.svd(centred_a @ centred_b.T, compute_uv=False).sum()
+    # tr (C_a C_b)^(1/2) is the sum of the singular values of the product of the centred features, which QR leaves as they
+    # are: no matrix root, and nothing larger than D x D.
+    small_a, small_b = (np.linalg.qr(x, mode="r") for x in (centred_a, centred_b))
+    root = np.linalg.svd(small_a @ small_b.T, compute_uv=False).sum()
     difference = a.mean(0) - b.mean(0)
     return float(difference @ difference + (centred_a**2).sum() + (centred_b**2).sum() - 2 * root)
