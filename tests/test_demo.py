@@ -14,7 +14,7 @@ from omniid.demo import NUM_INPUTS, NUM_SHOWN, PROMPTS
 
 @pytest.mark.slow
 def test_demo_writes_sheet_and_metrics(tiny_weights, tmp_path):
-    options = ["-o", str(tmp_path / "out"), "--weights", str(tiny_weights), "--people", "6", "--json"]
+    options = ["-o", str(tmp_path / "out"), "--weights", str(tiny_weights), "--people", "3", "--json"]
     result = CliRunner().invoke(demo, options)
     assert result.exit_code == 0, result.output
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -25,18 +25,18 @@ def test_demo_writes_sheet_and_metrics(tiny_weights, tmp_path):
         # Untrained codes tell nearly nothing; a stored or hard-coded result would show here.
         assert scores["identity_gap"] == pytest.approx(1.0, abs=0.05)
         assert scores["colour_free_gap"] == pytest.approx(1.0, abs=0.05)
-        assert scores["num_people"] == 6
+        assert scores["num_people"] == 3
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
         assert sheet.width > (NUM_INPUTS + 3 + len(PROMPTS)) * 32 and sheet.height > NUM_SHOWN * 32
 
 
 @pytest.mark.slow
 def test_evaluate_prints_a_table_and_repeats_itself(tiny_weights):
-    options = ["--weights", str(tiny_weights), "--people", "6", "--samples", "2", "--inputs", "1,3"]
+    options = ["--weights", str(tiny_weights), "--people", "3", "--samples", "2", "--inputs", "1,3"]
     runs = [CliRunner().invoke(evaluate, options) for _ in range(2)]
     assert runs[0].exit_code == 0, runs[0].output
     assert "colour-free" in runs[0].stdout and "unseen, 3 photos" in runs[0].stdout
-    assert "unseen people, generated, 1 photo (6 people, 2 pictures each, seed 0" in runs[0].stdout
+    assert "unseen people, generated, 1 photo (3 people, 2 pictures each, seed 0" in runs[0].stdout
     assert runs[0].stdout == runs[1].stdout
 
 

@@ -33,7 +33,8 @@ _MOUTH, _EYES = (0.32, 0.62, 0.68, 0.9), (0.2, 0.26, 0.8, 0.52)
 NUM_LEARNED = 100
 """People that the measure of an expression is learned from."""
 _RIDGE = 0.1
-NUM_CHECKS = 7
+MIN_CASES = 9
+"""One for each check: three attributes get equal parts, two of them have three checks."""
 _CASES_AT_ONCE = 4  # two pictures each; small models draw several in little more time than one
 
 
@@ -213,10 +214,10 @@ def attribute_scores(
     """Share of cases that pass, in all, for each attribute and for each check, with that of rendered pairs beside it.
 
     Cases are spread evenly over attributes and, within them, over their checks; person and seed differ in each.
-    Raises OmniIDError for fewer cases than checks.
+    Raises OmniIDError for fewer than MIN_CASES.
     """
-    if num_cases < NUM_CHECKS:
-        raise OmniIDError(f"{num_cases} cases cannot cover all {NUM_CHECKS} checks; ask for more")
+    if num_cases < MIN_CASES:
+        raise OmniIDError(f"{num_cases} cases cannot cover all checks; ask for at least {MIN_CASES}")
     size = generator.defaults.image_size
     say("rendering faces that the measures of expressions are learned from")
     every = checks(size)

@@ -72,9 +72,10 @@ def generation_figures(
         "copying": copying(generated, inputs, known.targets),
         "rank-1": rank1(generated, known.targets),
         "rank-1, faces found": rank1(generated * is_found, known.targets),
-        "rank-1, pictures together": rank1_together(generated, known.targets),
         "own nearer": own_nearer(generated, known.targets),
     }
+    if num_pictures > 1:
+        values["rank-1, pictures together"] = rank1_together(generated, known.targets)
     if drawn.is_controlled:
         values["id similarity"] = id_similarity_to_target(generated, known.targets)
     return [figure(metric, per_person, context, name) for metric, per_person in values.items()]

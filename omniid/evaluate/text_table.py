@@ -22,7 +22,7 @@ def title(context: Context, num_people: int) -> str:
     """What the figures of a context are about, and what each carries: counts, seed, weights."""
     photos = "" if context.num_inputs is None else f", {context.num_inputs} photo{'s' * (context.num_inputs > 1)}"
     return (
-        f"{context.people} people, {context.task}{photos} ({num_people} people, {context.num_samples} pictures each, "
+        f"{context.people} people, {context.task}{photos} ({num_people} people, {context.num_samples} picture{'s' * (context.num_samples > 1)} each, "
         f"seed {context.seed}, weights {context.weights[:12]}; 90 % intervals)"
     )
 

@@ -1,5 +1,6 @@
 """Checks of prompts: renders that obey pass, pictures that ignore the prompt do not."""
 
+import functools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from PIL import Image
 import omniid.evaluate.attributes as attributes
 from omniid.data.synthetic import Person, View, render
 from omniid.errors import OmniIDError
-from omniid.evaluate.attributes import attribute_scores, checks
+from omniid.evaluate.attributes import attribute_scores
 from omniid.evaluate.people import FIRST_UNSEEN_SEED
 
 SIZE = 64
@@ -22,7 +23,7 @@ class Renderer:
 
     def __init__(self, obeys: bool):
         self.views = {}
-        for check in checks(SIZE) if obeys else ():
+        for check in cached_checks(SIZE) if obeys else ():
             self.views |= dict(zip(check.prompts(), check.views, strict=True))
 
     def generate_batch(self, identities, prompts, seeds):
@@ -34,9 +35,13 @@ class Renderer:
         return pictures
 
 
+cached_checks = functools.cache(attributes.checks)
+
+
 @pytest.fixture(autouse=True)
 def few_renders(monkeypatch):
     monkeypatch.setattr(attributes, "NUM_LEARNED", 40)
+    monkeypatch.setattr(attributes, "checks", cached_checks)
     monkeypatch.setattr(attributes, "NUM_RENDERED", 8)
 
 
@@ -47,12 +52,12 @@ def persons():
 
 @pytest.mark.slow
 def test_obedient_pictures_pass_and_deaf_ones_do_not(persons):
-    good = attribute_scores(Renderer(obeys=True), persons, 21)
+    good = attribute_scores(Renderer(obeys=True), persons, 15)
     assert good["share"] > 0.8 and set(good["attributes"]) == {"expression", "light", "background"}
-    assert sum(one["num_cases"] for one in good["checks"]) == good["num_cases"] == 21
+    assert sum(one["num_cases"] for one in good["checks"]) == good["num_cases"] == 15
     assert good["interval"][0] <= good["share"] <= good["interval"][1]
     assert all(0 <= one["share_of_renders"] <= 1 for one in good["checks"])
-    assert attribute_scores(Renderer(obeys=False), persons, 7)["share"] == 0.0
+    assert attribute_scores(Renderer(obeys=False), persons, 9)["share"] == 0.0
 
 
 def test_too_few_cases_are_refused(persons):
