@@ -20,11 +20,16 @@ def cell(one: Figure) -> str:
 
 def title(context: Context, num_people: int) -> str:
     """What the figures of a context are about, and what each carries: counts, seed, weights."""
-    photos = "" if context.num_inputs is None else f", {context.num_inputs} photo{'s' * (context.num_inputs > 1)}"
+    photos = "" if context.num_inputs is None else f", {_count(context.num_inputs, 'photo')}"
+    counts = f"{num_people} people, {_count(context.num_samples, 'picture')} each"
     return (
-        f"{context.people} people, {context.task}{photos} ({num_people} people, {context.num_samples} picture{'s' * (context.num_samples > 1)} each, "
-        f"seed {context.seed}, weights {context.weights[:12]}; 90 % intervals)"
+        f"{context.people} people, {context.task}{photos} ({counts}, seed {context.seed}, "
+        f"weights {context.weights[:12]}; 90 % intervals)"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number > 1)}"
 
 
 def _table(context: Context, figures: list[Figure]) -> str:
