@@ -8,7 +8,7 @@ from omniid.errors import OmniIDError
 from omniid.evaluate.drawing import Drawn
 from omniid.evaluate.figure import Context
 from omniid.evaluate.generation import KnownPeople, generation_figures, measure, photo_figures, picture_figures
-from omniid.evaluate.people import People, as_pixels, unseen_people
+from omniid.evaluate.people import People, as_pixels, neutral_and_smiling, unseen_people
 from omniid.evaluate.recognisers import default_recognisers, load_recogniser
 from omniid.evaluate.seen_faces import SeenFaces, see_faces
 
@@ -94,3 +94,11 @@ def test_recognisers_by_name(monkeypatch, tmp_path):
     with pytest.raises(OmniIDError, match="dlib, mobilefacenet, arcface"):
         load_recogniser("facenet")
     assert [one.name for one in default_recognisers(tmp_path)] == ["dlib"]
+
+
+def test_real_people_by_name(test_data):
+    people = neutral_and_smiling(test_data / "london", 64, names=("003", "002"))
+    assert people.names == ["003", "002"] and people.landmarks is None
+    assert people.inputs.shape == people.targets.shape == (2, 1, 3, 64, 64) and people.masks.any()
+    with pytest.raises(OmniIDError, match="no pair of photos of 999"):
+        neutral_and_smiling(test_data / "london", 64, names=("002", "999"))
