@@ -69,8 +69,14 @@ class EncoderConfig:
     num_cross_blocks: int = 2
     num_self_blocks: int = 2
     mlp_ratio: float = 4.0
+    kind: str = "omniid"
+    """What makes the code: omniid, or a baseline (`omniid.baselines`): arcface, clip, arcface_clip or mean."""
+    recogniser: str = "offline"
+    """Kinds arcface and arcface_clip only: the face backend whose recogniser they are made of."""
 
     def __post_init__(self) -> None:
+        kinds = ("omniid", "arcface", "clip", "arcface_clip", "mean")
+        _require(self.kind in kinds, f"encoder.kind must be one of {', '.join(kinds)}, got {self.kind!r}")
         _require(
             self.width % self.num_heads == 0,
             f"encoder.width {self.width} is not a multiple of encoder.num_heads {self.num_heads}",
