@@ -5,14 +5,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from omniid.contact_sheet import contact_sheet
-from omniid.evaluate.people import unseen_people
-from omniid.evaluate.run import encode_people, evaluate, identities_of, load_decoder
+from omniid.evaluate.people import as_pixels, unseen_people
+from omniid.evaluate.run import Evaluation, Settings, encode_people, evaluate, identities_of, load_decoder
 from omniid.files import atomic_path
 from omniid.models.encoder import load_encoder
 from omniid.train.mtd import hide_masked
@@ -26,8 +25,13 @@ PROMPTS = (
 )
 
 
-def run_demo(folder: str | Path, weights: str | Path = "mini", say: Callable[[str], None] = lambda text: None) -> dict:
-    """Writes `contact_sheet.png` and `metrics.json` into `folder` and returns the metrics, all computed in this run."""
+def run_demo(
+    folder: str | Path,
+    weights: str | Path = "mini",
+    say: Callable[[str], None] = lambda text: None,
+    settings: Settings | None = None,
+) -> Evaluation:
+    """Writes `contact_sheet.png` and `metrics.json` into `folder` and returns the scores, all computed in this run."""
     from omniid.generate import load_generator
 
     started = time.monotonic()
@@ -58,14 +62,12 @@ def run_demo(folder: str | Path, weights: str | Path = "mini", say: Callable[[st
         ]
     with atomic_path(folder / "contact_sheet.png") as path:
         contact_sheet(columns, people.names).save(path)
-    metrics = evaluate(source, say=say)
-    metrics["weights"] = str(weights)
-    metrics["seconds"] = round(time.monotonic() - started, 1)
+    found = evaluate(source, say=say, settings=settings)
+    found.scores |= {"weights": str(weights), "seconds": round(time.monotonic() - started, 1)}
     with atomic_path(folder / "metrics.json") as path:
-        path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    return metrics
+        path.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 def _pictures(images: Tensor) -> list[Image.Image]:
-    values = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(np.ascontiguousarray(value.numpy())) for value in values]
+    return [Image.fromarray(pixels) for pixels in as_pixels(images)]

@@ -6,21 +6,16 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-import omniid.evaluate.run
 from omniid.cli.commands.demo import demo
 from omniid.cli.commands.evaluate import evaluate
 from omniid.contact_sheet import contact_sheet
 from omniid.demo import NUM_INPUTS, NUM_SHOWN, PROMPTS
 
 
-@pytest.fixture(autouse=True)
-def few_people(monkeypatch):
-    monkeypatch.setattr(omniid.evaluate.run, "NUM_PEOPLE", 6)
-
-
 @pytest.mark.slow
 def test_demo_writes_sheet_and_metrics(tiny_weights, tmp_path):
-    result = CliRunner().invoke(demo, ["-o", str(tmp_path / "out"), "--weights", str(tiny_weights), "--json"])
+    options = ["-o", str(tmp_path / "out"), "--weights", str(tiny_weights), "--people", "6", "--json"]
+    result = CliRunner().invoke(demo, options)
     assert result.exit_code == 0, result.output
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert json.loads(result.stdout) == metrics
@@ -37,9 +32,11 @@ def test_demo_writes_sheet_and_metrics(tiny_weights, tmp_path):
 
 @pytest.mark.slow
 def test_evaluate_prints_a_table_and_repeats_itself(tiny_weights):
-    runs = [CliRunner().invoke(evaluate, ["--weights", str(tiny_weights)]) for _ in range(2)]
+    options = ["--weights", str(tiny_weights), "--people", "6", "--samples", "2", "--inputs", "1,3"]
+    runs = [CliRunner().invoke(evaluate, options) for _ in range(2)]
     assert runs[0].exit_code == 0, runs[0].output
     assert "colour-free" in runs[0].stdout and "unseen, 3 photos" in runs[0].stdout
+    assert "unseen people, generated, 1 photo (6 people, 2 pictures each, seed 0" in runs[0].stdout
     assert runs[0].stdout == runs[1].stdout
 
 

@@ -1,8 +1,12 @@
 """omniid evaluate: scores of a set of weights."""
 
 import json
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from omniid.evaluate.run import Evaluation
 
 
 @click.command()
@@ -27,21 +31,75 @@ import click
     help="Only this: whether that many pairs of people stay apart in one picture.",
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures of each pair of --regions."
+    "--samples",
+    type=click.IntRange(min=1),
+    help="Pictures of each person, 4 by default; of each pair of --regions, 1 by default.",
 )
+@click.option(
+    "--people", "num_people", type=click.IntRange(min=2), default=64, show_default=True, help="Unseen people."
+)
+@click.option(
+    "--inputs",
+    default="3",
+    show_default=True,
+    help="From how many photos people are generated; several counts give a curve, such as 1,2,3,5,8.",
+)
+@click.option(
+    "--recogniser",
+    "recognisers",
+    multiple=True,
+    help="dlib, mobilefacenet or arcface; may repeat. By default those whose files are there.",
+)
+@click.option("--faces", "backend", default="offline", show_default=True, help="What looks for faces in the pictures.")
+@click.option("--no-redraw", is_flag=True, help="Leave out what the masked decoder redraws.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
-def evaluate(weights: str, real_folder: str | None, num_pairs: int | None, samples: int, as_json: bool) -> None:
-    """Score weights on people no training saw, e.g. omniid evaluate --real photos/."""
+def evaluate(
+    weights: str,
+    real_folder: str | None,
+    num_pairs: int | None,
+    samples: int | None,
+    num_people: int,
+    inputs: str,
+    recognisers: tuple[str, ...],
+    backend: str,
+    no_redraw: bool,
+    as_json: bool,
+) -> None:
+    """Score weights on people no training saw, e.g. omniid evaluate --inputs 1,3,5 --real photos/."""
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    counts = _counts(inputs)
     if num_pairs is not None:
         from omniid.evaluate.regions import region_scores
 
-        scores = region_scores(weights, num_pairs, samples, say=lambda text: click.echo(text, err=True))
+        scores = region_scores(weights, num_pairs, samples or 1, say=say)
         click.echo(json.dumps(scores) if as_json else regions_line(scores))
         return
+    from omniid.evaluate.run import Settings
     from omniid.evaluate.run import evaluate as run
 
-    scores = run(weights, real_folder, say=lambda text: click.echo(text, err=True))
-    click.echo(json.dumps(scores, indent=1) if as_json else table(scores))
+    settings = Settings(
+        num_people=num_people,
+        num_samples=samples or Settings().num_samples,
+        num_inputs=counts,
+        recognisers=recognisers,
+        backend=backend,
+        is_redrawn=not no_redraw,
+    )
+    found = run(weights, real_folder, say=say, settings=settings)
+    click.echo(json.dumps(found.as_dict(), indent=1) if as_json else table(found))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
+        raise click.UsageError(f"--inputs {text}: give different counts of photos, such as 3 or 1,2,3,5,8")
+    return counts
 
 
 def regions_line(scores: dict) -> str:
@@ -53,17 +111,26 @@ def regions_line(scores: dict) -> str:
     )
 
 
-def table(scores: dict) -> str:
-    """The scores as a table for the terminal."""
-    lines = [f"{'':24}{'identity gap':>14}{'colour-free':>14}{'rank-1':>9}{'own error':>11}"]
+def table(found: "Evaluation") -> str:
+    """The scores as tables for the terminal."""
+    from omniid.evaluate.text_table import text_tables
+
+    scores, lines = found.scores, []
     rows = {"unseen, 3 photos": "inputs_3", "unseen, 1 photo": "inputs_1", "real, 1 photo": "real"}
+    if "inputs_3" in scores:
+        lines.append(f"{'redrawn':24}{'identity gap':>14}{'colour-free':>14}{'rank-1':>9}{'own error':>11}")
     for label, key in rows.items():
         if key in scores:
             s = scores[key]
             lines.append(
                 f"{label:24}{s['identity_gap']:14.3f}{s['colour_free_gap']:14.3f}{s['retrieval_rank1']:9.3f}{s['own_error']:11.2f}"
             )
+            widths = (12, 12, 7, 9)
+            spans = [f"±{(high - low) / 2:.3f}" for low, high in s["intervals"].values()]
+            lines.append(" " * 24 + "".join(f"{span:>{width + 2}}" for span, width in zip(spans, widths, strict=True)))
     if "own_nearer_share" in scores:
         lines.append(f"generated faces nearer to their own person than to another: {scores['own_nearer_share']:.3f}")
     lines.append(f"{scores['num_people']} people, seed {scores['seed']}, encoder {scores['encoder'][:12]}")
+    if found.figures:
+        lines += ["", text_tables(found.figures)]
     return "\n".join(lines)

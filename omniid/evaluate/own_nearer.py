@@ -3,10 +3,10 @@
 import numpy as np
 
 
-def own_nearer_share(generated: np.ndarray, photos: np.ndarray) -> float:
-    """Chance that a person's generated faces are nearer to that person's photos than to a random other person's.
+def own_nearer(generated: np.ndarray, photos: np.ndarray) -> np.ndarray:
+    """(P,) share of other people whose photos are farther from a person's generated faces than the person's own photos.
 
-    The mean over people of the share of others who are farther away; 0.5 where the faces tell nothing.
+    The mean is the chance that faces are nearer to their own person than to a random other one; 0.5 where they tell nothing.
 
     generated: (P, G, D) recogniser descriptors of G generated faces of each of P people. photos: (P, N, D) descriptors of
     N real photos. The distance of one person's faces to another's photos is the mean Euclidean distance of all pairs.
@@ -18,4 +18,4 @@ def own_nearer_share(generated: np.ndarray, photos: np.ndarray) -> float:
         )
     distances = np.linalg.norm(generated[:, None, :, None] - photos[None, :, None], axis=-1).mean((2, 3))  # (P, P)
     own = distances.diagonal()[:, None]
-    return float((own < distances).sum() / (num_people * (num_people - 1)))
+    return (own < distances).sum(1) / (num_people - 1)

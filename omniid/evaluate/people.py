@@ -1,6 +1,6 @@
 """The people that evaluations look at: synthetic ones no training saw, or real ones from a folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,10 @@ class People:
     masks: Tensor
     """(P, T, H, W) bool."""
     names: list[str]
+    landmarks: np.ndarray | None = None
+    """(P, T, 66, 2) of the targets in pixels, or None where the photos' backend finds none."""
+    poses: np.ndarray | None = None
+    """(P, T, 3) yaw, pitch, roll of the targets in degrees, likewise."""
 
 
 def unseen_people(
@@ -35,7 +39,7 @@ def unseen_people(
     """Synthetic people of fixed seeds, rendered now; person i is the same whatever the other arguments."""
     from omniid.data.synthetic import Person, View, render
 
-    photos, masks = [], []
+    photos, masks, landmarks, poses = [], [], [], []
     for index in range(count):
         seed = FIRST_UNSEEN_SEED + index
         person = Person.sample(seed)
@@ -43,7 +47,10 @@ def unseen_people(
         views = [1000 * seed + n for n in range(num_inputs)] + [1000 * seed + 500 + n for n in range(num_targets)]
         faces = [render(person, View.sample(view, yaw_range=YAW_RANGE), size=size) for view in views]
         photos.append(np.stack([face.image for face in faces]))
-        masks.append(np.stack([face.mask for face in faces[num_inputs:]]))
+        targets = faces[num_inputs:]
+        masks.append(np.stack([face.mask for face in targets]))
+        landmarks.append(np.stack([face.landmarks for face in targets]))
+        poses.append([(face.yaw, face.pitch, face.roll) for face in targets])
         progress(index + 1)
     images = torch.from_numpy(np.stack(photos)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     return People(
@@ -51,38 +58,65 @@ def unseen_people(
         targets=images[:, num_inputs:],
         masks=torch.from_numpy(np.stack(masks)),
         names=[f"unseen-{index:03d}" for index in range(count)],
+        landmarks=np.stack(landmarks),
+        poses=np.array(poses),
     )
 
 
-def neutral_and_smiling(folder: str | Path, size: int, progress: Callable[[int], None] = lambda n: None) -> People:
+def neutral_and_smiling(
+    folder: str | Path,
+    size: int,
+    progress: Callable[[int], None] = lambda n: None,
+    backend: str = "offline",
+    names: Sequence[str] = (),
+) -> People:
     """Real people with a neutral photo as input and a smiling one as target: `<id>_neutral.jpg`, `<id>_smiling.jpg`.
 
-    Faces are found and aligned by the offline backend. The mask is the template's face ellipse, since that backend does
-    not segment. Raises OmniIDError for a folder without such pairs.
+    Faces are found and aligned by `backend`. With `offline`, which neither segments nor finds landmarks, the mask is the
+    template's face ellipse and there are no landmarks and poses. names: the `<id>` of those to take instead of all.
+    Raises OmniIDError for a folder without such pairs and for a name that it lacks, FaceError for a photo without a face.
     """
     from omniid.faces import analyzer
 
     folder = Path(folder)
-    pairs = [
-        (path, smiling)
+    pairs = {
+        path.name.split("_")[0]: (path, smiling)
         for path in sorted(folder.glob("*_neutral.*"))
         if (smiling := path.with_name(path.name.replace("_neutral", "_smiling"))).is_file()
-    ]
+    }
+    if missing := [name for name in names if name not in pairs]:
+        raise OmniIDError(f"{folder} holds no pair of photos of {', '.join(missing)}")
+    pairs = {name: pairs[name] for name in names or pairs}
     if not pairs:
         raise OmniIDError(f"{folder} holds no pairs of photos named <id>_neutral.jpg and <id>_smiling.jpg")
-    finder = analyzer("offline")
-    crops = []
-    for done, pair in enumerate(pairs, start=1):
-        crops.append(np.stack([finder.crop(finder.analyze(path), size) for path in pair]))
+    finder = analyzer(backend)
+    crops, masks, landmarks, poses = [], [], [], []
+    for done, (neutral, smiling) in enumerate(pairs.values(), start=1):
+        found = finder.analyze(smiling)
+        if found.landmarks is None:
+            target, mask = finder.crop(found, size), template_face_mask(size)
+        else:
+            seen = finder.describe(found, size)
+            target, mask = seen.image, seen.mask
+            landmarks.append(seen.landmarks)
+            poses.append(seen.pose)
+        crops.append(np.stack([finder.crop(finder.analyze(neutral), size), target]))
+        masks.append(mask)
         progress(done)
     images = torch.from_numpy(np.stack(crops)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-    mask = torch.from_numpy(template_face_mask(size))
     return People(
         inputs=images[:, :1],
         targets=images[:, 1:],
-        masks=mask.expand(len(pairs), 1, -1, -1),
-        names=[path.name.split("_")[0] for path, _ in pairs],
+        masks=torch.from_numpy(np.stack(masks)).unsqueeze(1),
+        names=list(pairs),
+        landmarks=np.stack(landmarks)[:, None] if landmarks else None,
+        poses=np.array(poses)[:, None] if poses else None,
     )
+
+
+def as_pixels(images: Tensor) -> np.ndarray:
+    """uint8 (..., H, W, 3) of images (..., 3, H, W) in [-1, 1]."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).contiguous().numpy()
 
 
 def template_face_mask(size: int) -> np.ndarray:

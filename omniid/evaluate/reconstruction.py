@@ -7,9 +7,11 @@ Shapes: P people, T targets of each.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from omniid.evaluate.figure import interval
 from omniid.losses import masked_l1
 from omniid.models.masked_decoder import MaskedDecoder
 
@@ -28,6 +30,8 @@ class Reconstruction:
     """Mean absolute error inside the mask with the right code, in units of the pixel range 0..255."""
     num_people: int
     num_targets: int
+    intervals: dict[str, tuple[float, float]]
+    """90 % bootstrap intervals, over people, of the four scores by name; the codes they are told from stay all P."""
 
 
 @torch.inference_mode()
@@ -62,17 +66,26 @@ def reconstruction_scores(
             free[person, :, start : start + batch_size] = masked_l1(
                 colour_free(drawn, mask), colour_free(wanted, mask), mask
             ).T
-    own = torch.eye(num_people, dtype=torch.bool, device=targets.device).unsqueeze(1).expand_as(plain)
+    # Means over targets and, for the wrong codes, over all other people: one value of each per person.
+    own = torch.eye(num_people, dtype=torch.bool, device=targets.device)
+    errors = {}
+    for name, of_codes in (("plain", plain.mean(1)), ("free", free.mean(1))):
+        errors[name] = of_codes[own].double().cpu().numpy()
+        errors[f"{name}, others"] = ((of_codes.sum(1) - of_codes[own]) / (num_people - 1)).double().cpu().numpy()
+    is_nearest = free.argmin(-1) == torch.arange(num_people, device=free.device)[:, None]
+    nearest = is_nearest.double().mean(1).cpu().numpy()
+    statistics = {
+        "identity_gap": lambda rows: errors["plain, others"][rows].mean(-1) / errors["plain"][rows].mean(-1),
+        "colour_free_gap": lambda rows: errors["free, others"][rows].mean(-1) / errors["free"][rows].mean(-1),
+        "retrieval_rank1": lambda rows: nearest[rows].mean(-1),
+        "own_error": lambda rows: errors["plain"][rows].mean(-1) * 127.5,
+    }
+    everybody = np.arange(num_people)
     return Reconstruction(
-        identity_gap=(plain[~own].mean() / plain[own].mean()).item(),
-        colour_free_gap=(free[~own].mean() / free[own].mean()).item(),
-        retrieval_rank1=(free.argmin(-1) == torch.arange(num_people, device=free.device)[:, None])
-        .float()
-        .mean()
-        .item(),
-        own_error=plain[own].mean().item() * 127.5,
+        **{name: float(statistic(everybody)) for name, statistic in statistics.items()},
         num_people=num_people,
         num_targets=num_targets,
+        intervals={name: interval(statistic, num_people) for name, statistic in statistics.items()},
     )
 
 

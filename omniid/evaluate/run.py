@@ -1,55 +1,171 @@
 """All scores of a set of weights: what `omniid evaluate` and `omniid demo` print."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from omniid.config import load_preset
+from omniid.config import Preset, load_preset
 from omniid.errors import OmniIDError
-from omniid.evaluate.own_nearer import own_nearer_share
+from omniid.evaluate.drawing import Drawn, draw_people, draw_poses
+from omniid.evaluate.figure import Context, Figure, weights_fingerprint
+from omniid.evaluate.generation import KnownPeople, measure, photo_figures
 from omniid.evaluate.people import People, neutral_and_smiling, unseen_people
+from omniid.evaluate.recognisers import default_recognisers, load_recogniser
 from omniid.evaluate.reconstruction import reconstruction_scores
 from omniid.identity import Identity
 from omniid.models.encoder import OmniIDEncoder, load_encoder, load_weights
 from omniid.models.masked_decoder import MaskedDecoder
 from omniid.weights import weights_folder
 
-NUM_PEOPLE, NUM_INPUTS, NUM_TARGETS = 64, 3, 2
-NUM_SAMPLES = 4
-"""Generated faces of a person: one alone says as much about its noise as about the person."""
+NUM_INPUTS, NUM_TARGETS = 3, 2
 SEED = 0
 
 Progress = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is measured, and on how much."""
+
+    num_people: int = 64
+    num_samples: int = 4
+    """Generated pictures of a person: one alone says as much about its noise as about the person."""
+    num_inputs: tuple[int, ...] = (NUM_INPUTS,)
+    """Photos that the generated people are encoded from, once for each of these counts."""
+    recognisers: tuple[str, ...] = ()
+    """Names as of `recognisers.load_recogniser`; none for all that are at hand."""
+    backend: str = "offline"
+    """The face backend that looks for faces, poses and landmarks in generated pictures."""
+    is_redrawn: bool = True
+    """Whether the masked decoder's scores are measured, too."""
+    real_names: tuple[str, ...] = ()
+    """Of the folder of real people, those to take; all if none are named."""
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    scores: dict
+    """Plain numbers: reconstruction, counts, seed, fingerprints."""
+    figures: list[Figure] = field(default_factory=list)
+    """Of generated pictures, and of the photos that they are compared with."""
+    drawn: list[tuple[People, Drawn]] = field(default_factory=list)
+    """The pictures themselves, with the people they show."""
+
+    def as_dict(self) -> dict:
+        """Everything but the pictures, for JSON."""
+        return self.scores | {"figures": [one.as_row() for one in self.figures]}
+
+    def find(self, metric: str, measured_by: str | None = None, **context) -> Figure | None:
+        """The first figure of that metric, by that recogniser or backend, whose context has these values."""
+        for one in self.figures:
+            fits = all(getattr(one.context, name) == value for name, value in context.items())
+            if one.metric == metric and measured_by in (None, one.measured_by) and fits:
+                return one
+        return None
+
+
 def evaluate(
-    weights: str | Path = "mini", real_folder: str | Path | None = None, say: Progress = lambda text: None
-) -> dict:
+    weights: str | Path = "mini",
+    real_folder: str | Path | None = None,
+    say: Progress = lambda text: None,
+    settings: Settings | None = None,
+) -> Evaluation:
     """Scores computed now, from the weights: reconstruction with 3 and with 1 input, and generation where an adapter is.
 
-    real_folder: photos `<id>_neutral.jpg` and `<id>_smiling.jpg`; adds the gap of redrawing the smile from the neutral
-    photo. Returns plain numbers, with the weights' fingerprint, counts and seed beside them.
+    real_folder: photos `<id>_neutral.jpg` and `<id>_smiling.jpg`; adds what is redrawn and generated from the neutral
+    photo, judged by the smiling one.
     """
+    settings = settings or Settings()
     folder = weights_folder(weights)
     preset = load_preset(folder / "preset.toml")
-    encoder, decoder = load_encoder(folder), load_decoder(folder)
+    encoder = load_encoder(folder)
     size = preset.tower.image_size
-    say(f"rendering {NUM_PEOPLE} unseen people")
-    people = unseen_people(NUM_PEOPLE, NUM_INPUTS, NUM_TARGETS, size)
-    scores: dict = {"weights": str(weights), "encoder": encoder.fingerprint(), "seed": SEED, "num_people": NUM_PEOPLE}
-    for num_inputs in (NUM_INPUTS, 1):
-        say(f"redrawing them from {num_inputs} photo{'s' * (num_inputs > 1)}")
-        scores[f"inputs_{num_inputs}"] = reconstruction(encoder, decoder, people, num_inputs)
-    if (folder / "adapter.safetensors").is_file():
-        say("generating them")
-        scores["own_nearer_share"] = generation(encoder, folder, people, preset.base.prompt)
+    say(f"rendering {settings.num_people} unseen people")
+    people = unseen_people(settings.num_people, max(*settings.num_inputs, NUM_INPUTS), NUM_TARGETS, size)
+    real = None
     if real_folder is not None:
-        say(f"redrawing real people of {real_folder}")
-        scores["real"] = reconstruction(encoder, decoder, neutral_and_smiling(real_folder, size), 1)
-    return scores
+        say(f"finding the faces of {real_folder}")
+        real = neutral_and_smiling(real_folder, size, backend=settings.backend, names=settings.real_names)
+    found = Evaluation(
+        {
+            "weights": str(weights),
+            "fingerprint": weights_fingerprint(folder),
+            "encoder": encoder.fingerprint(),
+            "seed": SEED,
+            "num_people": settings.num_people,
+        }
+    )
+    if settings.is_redrawn:
+        decoder = load_decoder(folder)
+        for num_inputs in (NUM_INPUTS, 1):
+            say(f"redrawing them from {num_inputs} photo{'s' * (num_inputs > 1)}")
+            found.scores[f"inputs_{num_inputs}"] = reconstruction(encoder, decoder, people, num_inputs)
+        if real is not None:
+            say("redrawing the real people")
+            found.scores["real"] = reconstruction(encoder, decoder, real, 1)
+    if (folder / "adapter.safetensors").is_file():
+        context = Context(weights=found.scores["fingerprint"], seed=SEED, num_samples=settings.num_samples)
+        generation(found, folder, preset, encoder, people, settings, context, say)
+        if real is not None:
+            only_neutral = replace(settings, num_inputs=(1,))
+            generation(found, folder, preset, encoder, real, only_neutral, replace(context, people="real"), say)
+        if (nearer := found.find("own nearer", "dlib", num_inputs=settings.num_inputs[0], people="unseen")) is not None:
+            found.scores["own_nearer_share"] = nearer.value
+    return found
+
+
+def generation(
+    found: Evaluation,
+    folder: Path,
+    preset: Preset,
+    encoder: OmniIDEncoder,
+    people: People,
+    settings: Settings,
+    context: Context,
+    say: Progress = lambda text: None,
+) -> None:
+    """Adds figures and pictures of generated people: for each number of inputs, with target poses too where the weights
+    hold a landmark ControlNet and the people have landmarks."""
+    from omniid.generate import load_generator
+
+    generator = load_generator(folder)
+    say(f"asking recognisers about {len(people.names)} {context.people} people")
+    named = [load_recogniser(name) for name in settings.recognisers] or default_recognisers()
+    known = [KnownPeople.of(recogniser, people) for recogniser in named]
+    for one in known:
+        found.figures += photo_figures(one, context)
+    # The embedded base draws aligned crops, as those it learned from; others draw whole scenes.
+    is_aligned = preset.base.path == "embedded"
+    has_control = (folder / "controlnet").is_dir() and people.landmarks is not None
+    for num_inputs in settings.num_inputs:
+        text = f"generating {context.people} people from {num_inputs} photo{'s' * (num_inputs > 1)}"
+        identities = identities_of(encoder, encode_people(encoder, people, num_inputs), num_inputs)
+
+        def progress(done: int, text: str = text) -> None:
+            if done % 16 == 0:
+                say(f"{text}: {done} of {len(people.names)}")
+
+        sets = [draw_people(generator, identities, preset.base.prompt, settings.num_samples, context.seed, progress)]
+        if has_control:
+            sets.append(
+                draw_poses(
+                    generator,
+                    identities,
+                    preset.base.prompt,
+                    people.landmarks,
+                    people.targets.shape[-1],
+                    context.seed,
+                    progress,
+                )
+            )
+        for drawn in sets:
+            found.figures += measure(drawn, people, known, context, is_aligned, settings.backend)
+            found.drawn.append((people, drawn))
 
 
 def load_decoder(folder: str | Path) -> MaskedDecoder:
@@ -85,22 +201,3 @@ def reconstruction(encoder: OmniIDEncoder, decoder: MaskedDecoder, people: Peopl
     codes = encode_people(encoder, people, num_inputs)
     result = reconstruction_scores(decoder, codes, people.targets, people.masks, torch.Generator().manual_seed(SEED))
     return {name: getattr(result, name) for name in result.__slots__}
-
-
-def generation(
-    encoder: OmniIDEncoder, folder: Path, people: People, prompt: str, num_inputs: int = NUM_INPUTS
-) -> float:
-    """`own_nearer_share` of `NUM_SAMPLES` generated faces per person, by dlib's recogniser."""
-    from omniid.faces import analyzer
-    from omniid.generate import load_generator
-
-    generator = load_generator(folder)
-    recogniser = analyzer("offline")
-    faces = []
-    for index, identity in enumerate(identities_of(encoder, encode_people(encoder, people, num_inputs), num_inputs)):
-        faces += generator.generate(identity, prompt, seed=SEED + NUM_SAMPLES * index, num_images=NUM_SAMPLES)
-    generated = recogniser.descriptors([np.asarray(face) for face in faces])
-    generated = generated.reshape(len(people.names), NUM_SAMPLES, -1)
-    photos = ((people.targets + 1) * 127.5).round().to(torch.uint8).permute(0, 1, 3, 4, 2).flatten(0, 1).numpy()
-    described = recogniser.descriptors(list(photos)).reshape(len(people.names), -1, generated.shape[-1])
-    return own_nearer_share(generated, described)
