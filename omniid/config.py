@@ -187,6 +187,8 @@ class StageConfig:
     num_inputs: tuple[int, int] = (1, 3)
     """|X^s| is drawn uniformly from this closed range (Eq. 2)."""
     num_validation_inputs: int = 3
+    reconstruct_inputs: bool = False
+    """Targets are the input photos themselves, in their order: what Table 3 calls no few-to-many."""
     max_yaw: float = 90.0
     """Degrees: photos turned further are left out."""
     mirror: float = 0.0
