@@ -21,6 +21,7 @@ def table(preset: Preset, has_other_data: bool) -> Table:
         title="Fig. 9: ID similarity over MTD steps",
         metrics=("id similarity",),
         num_inputs=(1, 3),
+        rises=True,
         rows=rows,
         notes=("The paper shows that similarity keeps rising: each row is expected above the one before it.",),
     )

@@ -44,6 +44,8 @@ class Table:
     """Names of `omniid.evaluate` figures; the first decides the text's order."""
     num_inputs: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    rises: bool = False
+    """Whether the paper shows each row above the one before it, without printed values."""
 
     @property
     def is_controlled(self) -> bool:
