@@ -66,6 +66,7 @@ EXTRAS = {
     "rerender": ["ai-edge-litert>=1.4"],
     "track": ["wandb>=0.20", "trackio>=0.5"],
     "watermark": ["invisible-watermark>=0.2"],
+    "metrics": ["lpips>=0.1.4", "torchmetrics>=1.4", "torch-fidelity>=0.3"],
     "app": ["gradio>=5"],
     "dev": [
         *("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12"),

@@ -23,6 +23,7 @@ EXTRAS = {
     "video": "curation of videos",
     "track": "training scalars in Weights & Biases or Trackio",
     "watermark": "an invisible mark in generated pictures",
+    "metrics": "LPIPS and FID in omniid evaluate; they need a torchvision that fits torch",
     "app": "a page in the browser",
     "dev": "tests and lint",
 }

@@ -33,6 +33,11 @@ import click
     help="With --engine: what runs it; by default what its name says.",
 )
 @click.option("--faces", "backend", default="offline", show_default=True, help="What finds the faces.")
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False),
+    help="Write a page that shows the poses of the photos and what each was looked at for.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def encode(
     photos: tuple[str, ...],
@@ -42,6 +47,7 @@ def encode(
     engine: str | None,
     runtime: str | None,
     backend: str,
+    report: str | None,
     as_json: bool,
 ) -> None:
     """\b
@@ -62,6 +68,8 @@ def encode(
         raise IdentityFileError(
             f"cannot write {output}: the folder {Path(output).parent} does not exist; make it first"
         )
+    if report is not None and engine is not None:
+        raise click.UsageError("--report shows the encoder's attention, which an --engine does not give; leave one out")
     encoder, size = _encoder(preset, engine, runtime)
     finder = analyzer(backend)
 
@@ -76,6 +84,10 @@ def encode(
         crops.append(crop)
     identity = encoder.encode_crops(crops, found)
     identity.save(output)
+    if report is not None:
+        from omniid.evaluate.encode_report import write_encode_report
+
+        write_encode_report(report, encoder, identity, crops, found)
 
     if as_json:
         click.echo(json.dumps(_summary(output, identity, found)))

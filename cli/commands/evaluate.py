@@ -1,6 +1,7 @@
 """omniid evaluate: scores of a set of weights."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -51,6 +52,18 @@ if TYPE_CHECKING:
     help="dlib, mobilefacenet or arcface; may repeat. By default those whose files are there.",
 )
 @click.option("--faces", "backend", default="offline", show_default=True, help="What looks for faces in the pictures.")
+@click.option(
+    "--real-people", "real_names", help="Of the people of --real, those to take: the <id>s, separated by commas."
+)
+@click.option(
+    "--prompts",
+    "num_cases",
+    type=click.IntRange(min=1),
+    help="In how many cases prompts are checked for changing what they name, such as 100.",
+)
+@click.option("--clip", default="", help="A CLIP model, folder or hub name, that measures prompt agreement.")
+@click.option("--perceptual", is_flag=True, help="LPIPS and FID against the photos; needs omniid[metrics].")
+@click.option("--report", type=click.Path(dir_okay=False), help="Write a page with tables, plots and pictures.")
 @click.option("--no-redraw", is_flag=True, help="Leave out what the masked decoder redraws.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
 def evaluate(
@@ -62,6 +75,11 @@ def evaluate(
     inputs: str,
     recognisers: tuple[str, ...],
     backend: str,
+    real_names: str | None,
+    num_cases: int | None,
+    clip: str,
+    perceptual: bool,
+    report: str | None,
     no_redraw: bool,
     as_json: bool,
 ) -> None:
@@ -87,8 +105,19 @@ def evaluate(
         recognisers=recognisers,
         backend=backend,
         is_redrawn=not no_redraw,
+        real_names=tuple(real_names.split(",")) if real_names else (),
+        num_cases=num_cases or 0,
+        clip=clip,
+        is_perceptual=perceptual,
     )
+    if report is not None and not Path(report).parent.is_dir():  # said before the work, not after it
+        raise click.UsageError(f"cannot write {report}: the folder {Path(report).parent} does not exist; make it first")
     found = run(weights, real_folder, say=say, settings=settings)
+    if report is not None:
+        from omniid.evaluate.report import write_report
+
+        write_report(found, report)
+        say(f"wrote {report}")
     click.echo(json.dumps(found.as_dict(), indent=1) if as_json else table(found))
 
 
@@ -131,6 +160,22 @@ def table(found: "Evaluation") -> str:
     if "own_nearer_share" in scores:
         lines.append(f"generated faces nearer to their own person than to another: {scores['own_nearer_share']:.3f}")
     lines.append(f"{scores['num_people']} people, seed {scores['seed']}, encoder {scores['encoder'][:12]}")
+    if "attributes" in scores:
+        lines += ["", prompts_table(scores["attributes"])]
     if found.figures:
         lines += ["", text_tables(found.figures)]
+    return "\n".join(lines)
+
+
+def prompts_table(scores: dict) -> str:
+    """The checks of prompts for the terminal."""
+    low, high = scores["interval"]
+    head = f"prompts that change what they name: {scores['share']:.2f} [{low:.2f}, {high:.2f}] of {scores['num_cases']} cases"
+    lines = [
+        f"{head} ({scores['num_people']} people, seed {scores['seed']})",
+        f"{'':48}{'cases':>7}{'pass':>7}{'renders':>9}",
+    ]
+    for one in scores["checks"]:
+        label = f"{one['attribute']}: {one['check']}"
+        lines.append(f"{label:48}{one['num_cases']:7d}{one['share']:7.2f}{one['share_of_renders']:9.2f}")
     return "\n".join(lines)

@@ -42,8 +42,8 @@ class Figure:
     context: Context
     measured_by: str = ""
     """The recogniser or face backend, where one measured."""
-    per_person: np.ndarray = field(repr=False, compare=False)
-    """(P,) float64, for comparisons of two models on the same people (`paired_difference`)."""
+    per_person: np.ndarray | None = field(repr=False, compare=False)
+    """(P,) float64, for comparisons of two models on the same people (`paired_difference`); None where no such values are."""
 
     def as_row(self) -> dict:
         """Plain values, without those of each person."""
@@ -85,8 +85,10 @@ def interval(
 def paired_difference(a: Figure, b: Figure) -> tuple[float, float, float]:
     """Mean of a - b over the same people, and its 90 % interval: narrower than the two intervals suggest.
 
-    Raises ValueError for figures of different metrics or numbers of people.
+    Raises ValueError for figures of different metrics or numbers of people, and for those without values of each person.
     """
+    if a.per_person is None or b.per_person is None:
+        raise ValueError(f"{a.metric} has no value for each person")
     if (a.metric, a.measured_by, a.num_people) != (b.metric, b.measured_by, b.num_people):
         raise ValueError(
             f"cannot compare {a.metric} by {a.measured_by} of {a.num_people} people with {b.metric} by {b.measured_by} of "

@@ -10,6 +10,7 @@ from torch import Tensor
 from omniid.config import Preset, load_preset
 from omniid.errors import OmniIDError
 from omniid.evaluate.drawing import Drawn, draw_people, draw_poses
+from omniid.evaluate.extras import Extras
 from omniid.evaluate.figure import Context, Figure, weights_fingerprint
 from omniid.evaluate.generation import KnownPeople, measure, photo_figures
 from omniid.evaluate.people import People, neutral_and_smiling, unseen_people
@@ -43,6 +44,12 @@ class Settings:
     """Whether the masked decoder's scores are measured, too."""
     real_names: tuple[str, ...] = ()
     """Of the folder of real people, those to take; all if none are named."""
+    num_cases: int = 0
+    """Cases in which prompts are checked for changing what they name (`attributes`)."""
+    clip: str = ""
+    """A CLIP model that measures prompt agreement; empty for none."""
+    is_perceptual: bool = False
+    """Whether LPIPS and FID against the photos are measured; they need optional packages."""
 
 
 @dataclass(slots=True)
@@ -81,6 +88,7 @@ def evaluate(
     photo, judged by the smiling one.
     """
     settings = settings or Settings()
+    extras = Extras(settings.clip, settings.is_perceptual)  # what is missing is said before the work
     folder = weights_folder(weights)
     preset = load_preset(folder / "preset.toml")
     encoder = load_encoder(folder)
@@ -110,10 +118,13 @@ def evaluate(
             found.scores["real"] = reconstruction(encoder, decoder, real, 1)
     if (folder / "adapter.safetensors").is_file():
         context = Context(weights=found.scores["fingerprint"], seed=SEED, num_samples=settings.num_samples)
-        generation(found, folder, preset, encoder, people, settings, context, say)
+        generation(found, folder, preset, encoder, people, settings, context, extras, say)
+        if settings.num_cases:
+            say("checking prompts")
+            found.scores["attributes"] = prompts_checked(folder, encoder, people, settings.num_cases, say)
         if real is not None:
             only_neutral = replace(settings, num_inputs=(1,))
-            generation(found, folder, preset, encoder, real, only_neutral, replace(context, people="real"), say)
+            generation(found, folder, preset, encoder, real, only_neutral, replace(context, people="real"), extras, say)
         if (nearer := found.find("own nearer", "dlib", num_inputs=settings.num_inputs[0], people="unseen")) is not None:
             found.scores["own_nearer_share"] = nearer.value
     return found
@@ -127,6 +138,7 @@ def generation(
     people: People,
     settings: Settings,
     context: Context,
+    extras: "Extras | None" = None,
     say: Progress = lambda text: None,
 ) -> None:
     """Adds figures and pictures of generated people: for each number of inputs, with target poses too where the weights
@@ -164,8 +176,26 @@ def generation(
                 )
             )
         for drawn in sets:
-            found.figures += measure(drawn, people, known, context, is_aligned, settings.backend)
+            figures = measure(drawn, people, known, context, is_aligned, settings.backend)
+            if extras is not None:
+                figures += extras.measure(drawn, people, figures[0].context)
+            found.figures += figures
             found.drawn.append((people, drawn))
+
+
+def prompts_checked(
+    folder: Path, encoder: OmniIDEncoder, people: People, num_cases: int, say: Progress = lambda text: None
+) -> dict:
+    """`attribute_scores` of people encoded from NUM_INPUTS photos. Raises OmniIDError for a base that draws no aligned faces."""
+    from omniid.evaluate.attributes import attribute_scores
+    from omniid.generate import load_generator
+
+    if load_preset(folder / "preset.toml").base.path != "embedded":
+        raise OmniIDError(
+            "the checks of prompts look at aligned faces, which only an embedded base draws; leave --prompts out"
+        )
+    identities = identities_of(encoder, encode_people(encoder, people, NUM_INPUTS), NUM_INPUTS)
+    return attribute_scores(load_generator(folder), identities, num_cases, SEED, say)
 
 
 def load_decoder(folder: str | Path) -> MaskedDecoder:
