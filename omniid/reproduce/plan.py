@@ -18,9 +18,9 @@ from omniid.train.costs import count_costs
 from omniid.train.hardware import EFFICIENCY, GPUS
 
 CPU = "cpu"
-CPU_EFFICIENCY = 0.5
-"""Of the rate of a large product, what a training step of preset mini reaches on two AVX2 cores: docs/training_mini.md says
-1.3 s for a step of mtd and 0.65 s for one of flow at about 100 GFLOP/s."""
+CPU_EFFICIENCY = 0.6
+"""Of the rate of a large product, what a training step of preset mini reaches: on two AVX2 cores that multiply at
+175 GFLOP/s in fp32, docs/training_mini.md has 1.3 s for the 138 GFLOP of a step of mtd, 0.65 s for the 60 of one of flow."""
 PRODUCT_SIZE, PRODUCT_REPEATS = 1024, 10
 
 
