@@ -125,7 +125,8 @@ def evaluate(
         if real is not None:
             only_neutral = replace(settings, num_inputs=(1,))
             generation(found, folder, preset, encoder, real, only_neutral, replace(context, people="real"), extras, say)
-        if (nearer := found.find("own nearer", "dlib", num_inputs=settings.num_inputs[0], people="unseen")) is not None:
+        counted = NUM_INPUTS if NUM_INPUTS in settings.num_inputs else settings.num_inputs[0]
+        if (nearer := found.find("own nearer", "dlib", num_inputs=counted, people="unseen")) is not None:
             found.scores["own_nearer_share"] = nearer.value
     return found
 
