@@ -43,7 +43,9 @@ def test_verdicts_come_from_the_numbers(people):
     assert found["B", "A"] == "holds" and found["D", "A"] == "is reversed" and found["C", "A"] == "cannot be told"
     assert len(found) == 6
     text = summary("id similarity", paper_orderings(labels[:2], paper[:2], ours[:2]))
-    assert "of 1 ordering of the paper 1 hold, 0 are reversed" in text and "Hold: B > A (+0.500 [+0.500, +0.500])" in text
+    assert (
+        "of 1 ordering of the paper 1 hold, 0 are reversed" in text and "Hold: B > A (+0.500 [+0.500, +0.500])" in text
+    )
 
 
 def test_rows_without_a_number_and_equal_numbers_take_no_part(people):

@@ -18,4 +18,7 @@ def test_the_reduced_table_gives_the_numbers_of_its_log(tables, tmp_path):
     report = write(result, tmp_path / "out")
     found = result.as_dict()
     import os
-    if os.environ.get("DUMP"): Path(os.environ["DUMP"]).write_text(json.dumps(found)); Path(os.environ["DUMP"]+".md").write_text(report.read_text())
+
+    if os.environ.get("DUMP"):
+        Path(os.environ["DUMP"]).write_text(json.dumps(found))
+        Path(os.environ["DUMP"] + ".md").write_text(report.read_text())
