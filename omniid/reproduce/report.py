@@ -39,7 +39,7 @@ def _setting(result: Result) -> str:
     photos = "; ".join(f"{by}: {', '.join(values)}" for by, values in levels.items())
     return (
         f"`{about['command']}` on {about['num_people']} held-out people of `{about['data']}` with {about['num_targets']} "
-        f"targets each, {about['num_seeds']} training seed{'s' * (about['num_seeds'] != 1)}. Similarity is a recogniser's "
+        f"target photo{'s' * (about['num_targets'] != 1)} each, {about['num_seeds']} training seed{'s' * (about['num_seeds'] != 1)}. Similarity is a recogniser's "
         f"cosine between picture and photo; of the photos themselves it says, {photos}."
     )
 
