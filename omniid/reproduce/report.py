@@ -37,11 +37,15 @@ def _setting(result: Result) -> str:
     for by, metric, value in result.levels():
         levels.setdefault(by, []).append(f"{metric} {value:.3f}")
     photos = "; ".join(f"{by}: {', '.join(values)}" for by, values in levels.items())
+    targets, seeds = (_counted(about[name], what) for name, what in (("num_targets", "target"), ("num_seeds", "seed")))
     return (
-        f"`{about['command']}` on {about['num_people']} held-out people of `{about['data']}` with {about['num_targets']} "
-        f"target photo{'s' * (about['num_targets'] != 1)} each, {about['num_seeds']} training seed{'s' * (about['num_seeds'] != 1)}. Similarity is a recogniser's "
-        f"cosine between picture and photo; of the photos themselves it says, {photos}."
+        f"`{about['command']}` on {about['num_people']} held-out people of `{about['data']}` with {targets} each, {seeds} of "
+        f"training. Similarity is a recogniser's cosine between picture and photo; of the photos themselves it says, {photos}."
     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _numbers(result: Result, metric: str, by: str) -> str:

@@ -8,7 +8,8 @@ from omniid.config import Preset, preset_to_toml
 
 REDUCED = [
     "train.mtd.steps=4", "train.flow.steps=2", "train.control.steps=2", "train.flow.encoder_lr_scale=0.0",
-    "train.mtd.batch_identities=2", "train.control.batch_identities=2", "train.mtd.save_every=1", "train.control.control_double_blocks=1", "train.control.control_single_blocks=1",
+    "train.mtd.batch_identities=2", "train.control.batch_identities=2", "train.mtd.save_every=1",
+    "train.control.control_double_blocks=1", "train.control.control_single_blocks=1",
 ]  # fmt: skip
 """What makes the tiny preset's trainings as short as they can be."""
 
