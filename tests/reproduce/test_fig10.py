@@ -6,7 +6,14 @@ import torch
 
 from omniid.evaluate.people import People
 from omniid.reproduce.estimate import Estimate
-from omniid.reproduce.fig10 import AttentionFigure, attention_figure, face_shares, following, write_attention_figure
+from omniid.reproduce.fig10 import (
+    AttentionFigure,
+    attention_figure,
+    face_shares,
+    following,
+    mask_centres,
+    write_attention_figure,
+)
 
 
 def spots(places, grid=16):
@@ -25,6 +32,7 @@ def test_shares_on_the_face():
     left[:, :, :, 1, 0] = 0.5
     on_face, area = face_shares(left, people)
     assert on_face == pytest.approx([1.0]) and area == pytest.approx([0.5])
+    np.testing.assert_allclose(mask_centres(mask.numpy()), [[[0.25, 0.5]]])
 
 
 def test_queries_that_move_with_their_landmark_half_as_far_or_not_at_all():
@@ -46,7 +54,7 @@ def test_the_report_of_an_untrained_encoder(tiny_weights, tmp_path):
 
 def test_the_conclusion_follows_the_numbers(tmp_path):
     def text(on_face, follows):
-        found = AttentionFigure([], on_face, Estimate(0.4, 0.39, 0.41), follows, 8, "f" * 64)
+        found = AttentionFigure([], on_face, Estimate(0.4, 0.39, 0.41), follows, follows, 8, "f" * 64)
         return write_attention_figure(found, tmp_path, "x", "c").read_text()
 
     assert "look at faces more than chance, and move with the face, though by less than half" in text(
