@@ -9,11 +9,10 @@ SHARES = (0.125, 0.25, 0.5, 1.0)
 
 def table(preset: Preset, has_other_data: bool) -> Table:
     """A row for each number of steps. The paper's curve keeps rising; its values are not printed in the paper."""
-    rows = []
-    for share in SHARES:
-        steps = max(1, round(preset.train.mtd.steps * share))
+    rows, full = [], preset.train.mtd.steps
+    for steps in sorted({max(1, round(full * share)) for share in SHARES}):  # a short preset has fewer points
         warmup = min(preset.train.mtd.warmup_steps, steps // 4)
-        overrides = () if share == 1 else (f"train.mtd.steps={steps}", f"train.mtd.warmup_steps={warmup}")
+        overrides = () if steps == full else (f"train.mtd.steps={steps}", f"train.mtd.warmup_steps={warmup}")
         training = Training(stage="flow", after=Training(stage="mtd", overrides=overrides))
         rows.append(Row(label=f"{steps} steps", training=training))
     return Table(
