@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("omniid.cli.commands.train:train", "Train the base, the encoder or the adapter."),
     "data": ("omniid.cli.commands.data:data", "Make and inspect sets of identity records."),
     "evaluate": ("omniid.cli.commands.evaluate:evaluate", "Measure how well identity is kept."),
+    "reproduce": ("omniid.cli.commands.reproduce:reproduce", "The paper's tables and figures at a preset's scale."),
     "export": ("omniid.cli.commands.export:export", "ONNX files and TensorRT engines, with proof of parity."),
     "bench": ("omniid.cli.commands.bench:bench", "Time the kernels and the whole path."),
     "doctor": ("omniid.cli.commands.doctor:doctor", "What is installed and what this machine can run."),

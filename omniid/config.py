@@ -69,8 +69,14 @@ class EncoderConfig:
     num_cross_blocks: int = 2
     num_self_blocks: int = 2
     mlp_ratio: float = 4.0
+    kind: str = "omniid"
+    """What makes the code: omniid, or a baseline (`omniid.baselines`): arcface, clip, arcface_clip or mean."""
+    recogniser: str = "offline"
+    """Kinds arcface and arcface_clip only: the face backend whose recogniser they are made of."""
 
     def __post_init__(self) -> None:
+        kinds = ("omniid", "arcface", "clip", "arcface_clip", "mean")
+        _require(self.kind in kinds, f"encoder.kind must be one of {', '.join(kinds)}, got {self.kind!r}")
         _require(
             self.width % self.num_heads == 0,
             f"encoder.width {self.width} is not a multiple of encoder.num_heads {self.num_heads}",
@@ -181,6 +187,8 @@ class StageConfig:
     num_inputs: tuple[int, int] = (1, 3)
     """|X^s| is drawn uniformly from this closed range (Eq. 2)."""
     num_validation_inputs: int = 3
+    reconstruct_inputs: bool = False
+    """Targets are the input photos themselves, in their order: what Table 3 calls no few-to-many."""
     max_yaw: float = 90.0
     """Degrees: photos turned further are left out."""
     mirror: float = 0.0

@@ -65,7 +65,8 @@ class FewToManyBatches(torch.utils.data.Dataset):
     world_size-th identity of the global batch. photos: other than 0, a global batch holds this many inputs on average instead
     of `batch_identities` people, and each process its part of them (`PhotoBudget`). latents: caches by the batch's field that
     they fill, of the photos as they are and mirrored; targets and masks are then not read. Targets are photos that are not
-    among the inputs while there are enough.
+    among the inputs while there are enough, or with `reconstruct_inputs` the inputs. size: of targets in pixels; input_size:
+    of inputs, the same unless given.
     """
 
     def __init__(
@@ -84,13 +85,16 @@ class FewToManyBatches(torch.utils.data.Dataset):
         landmarks: bool = False,
         latents: Mapping[str, Sequence[LatentCache | None]] | None = None,
         photos: int = 0,
+        input_size: int | None = None,
+        reconstruct_inputs: bool = False,
     ):
         if (photos or batch_identities) % world_size:
             counted = f"{photos} photos" if photos else f"batch_identities {batch_identities}"
             raise RecordError(f"{counted} is not a multiple of the {world_size} processes")
         # Converting a whole row would copy all photos of a person, of which few are shown.
         self.rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
-        self.size, self.batch_identities = size, batch_identities
+        self.size, self.input_size, self.batch_identities = size, input_size or size, batch_identities
+        self.reconstruct_inputs = reconstruct_inputs
         self.num_inputs, self.num_targets, self.seed, self.steps = num_inputs, num_targets, seed, steps
         self.max_yaw, self.mirror, self.landmarks = max_yaw, mirror, landmarks
         self.rank, self.world_size = rank, world_size
@@ -106,7 +110,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
         count, photo = len(places), (self.size, self.size, 3)
         # Photos are decoded to where they stay: stacking them and moving them between processes took a third of the time.
         most = count * self.num_inputs[1] if sizes is None else sum(sizes)
-        inputs = _empty(most, *photo, dtype=torch.uint8)
+        inputs = _empty(most, self.input_size, self.input_size, 3, dtype=torch.uint8)
         shown = (0, 0, 3) if self.latents else photo
         targets = _empty(count, self.num_targets, *shown, dtype=torch.uint8)
         masks = _empty(count, self.num_targets, *shown[:2], dtype=torch.bool)
@@ -179,7 +183,8 @@ class FewToManyBatches(torch.utils.data.Dataset):
         order = rng.permutation(np.argsort(turned, kind="stable")[:count])
         num_inputs = min(self._num_inputs(rng, num_inputs), count - 1)
         # Others first; a person with few photos meets some inputs again among the targets.
-        targets = np.resize(np.concatenate([order[num_inputs:], order[:num_inputs]]), self.num_targets)
+        others = order[:0] if self.reconstruct_inputs else order[num_inputs:]
+        targets = np.resize(np.concatenate([others, order[:num_inputs]]), self.num_targets)
         return order[:num_inputs], targets, rng.random() < self.mirror
 
     def _num_inputs(self, rng: np.random.Generator, wish: int | None) -> int:
@@ -204,11 +209,11 @@ class FewToManyBatches(torch.utils.data.Dataset):
     def read(
         self, row: Mapping, inputs: np.ndarray, targets: np.ndarray, pictures: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Fills `pictures`: inputs and targets uint8 (n, size, size, 3), masks bool, the last two where they are in it;
-        returns the landmarks if asked for."""
+        """Fills `pictures`: inputs uint8 (n, input_size, input_size, 3), targets (n, size, size, 3), masks bool, the last
+        two where they are in it; returns the landmarks if asked for."""
         images, masks, landmarks = row["images"], row["masks"], row["landmarks"]
         for i, out in zip(inputs, pictures["inputs"], strict=True):
-            decode_image(images[i], self.size, out)
+            decode_image(images[i], self.input_size, out)
         if "targets" in pictures:
             for i, out, mask in zip(targets, pictures["targets"], pictures["masks"], strict=True):
                 decode_image(images[i], self.size, out)

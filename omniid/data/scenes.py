@@ -44,7 +44,7 @@ class SceneBatches(FewToManyBatches):
     ) -> dict[str, np.ndarray]:
         scenes = {i: Scene.read(row, i) for i in {*inputs.tolist(), *targets.tolist()}}
         for i, out in zip(inputs.tolist(), pictures["inputs"], strict=True):
-            out[:] = scenes[i].face(self.size)
+            out[:] = scenes[i].face(self.input_size)
         landmarks = []
         for number, i in enumerate(targets.tolist()):
             pictures["targets"][number], pictures["masks"][number], points = scenes[i].square(self.size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from omniid.config import Preset
 from omniid.data.few_to_many import Batch
+from omniid.models.encoder import load_weights
 from omniid.models.landmark_controlnet import (
     build_landmark_controlnet,
     landmark_pictures,
@@ -35,9 +36,14 @@ class ControlStage(FlowStage):
             self.transformer, self.config.control_double_blocks, self.config.control_single_blocks
         ).requires_grad_(True)
         self.model = nn.ModuleDict({"adapter": self.adapter, "controlnet": self.controlnet})
+        if self.encoder.trained_with_adapter:
+            self.encoder.freeze_representation()
+            self.model["encoder"] = self.encoder
 
     def load(self, folder: Path) -> None:
-        """Takes adapter and ControlNet from a weights folder instead of fresh ones."""
+        """Takes adapter, ControlNet and what trains with them from a weights folder instead of fresh ones."""
+        if "encoder" in self.model:
+            load_weights(self.encoder, folder / "encoder.safetensors")
         self._load_adapter(folder)
         self.controlnet.load_state_dict(load_landmark_controlnet(folder / "controlnet", self.transformer).state_dict())
 
@@ -62,6 +68,10 @@ class ControlStage(FlowStage):
         return columns(batch.inputs[batch.cu_inputs[:rows].long()], batch.targets[:rows, 0], pictures, *drawn)
 
     def export(self, folder: Path) -> None:
-        """Writes the adapter, which reads the frozen encoder's codes, and the ControlNet as diffusers' folder."""
-        self._export_adapter(folder, self.encoder)
+        """Writes the adapter, which reads the encoder's codes, the ControlNet as diffusers' folder, and an encoder of which a
+        part was trained."""
+        if "encoder" in self.model:
+            super().export(folder)
+        else:
+            self._export_adapter(folder, self.encoder)
         save_landmark_controlnet(self.controlnet, folder / "controlnet")

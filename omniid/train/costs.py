@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from omniid.baselines import encoder_class
 from omniid.config import BaseConfig, Preset, StageConfig
-from omniid.models.encoder import OmniIDEncoder
 from omniid.models.flux import (
     TextEmbedding,
     base_without_weights,
@@ -89,17 +89,17 @@ def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list
         return meter.parts
     meter = _Meter(len(counts), dtype, memory)
     with torch.device("meta"):
-        encoder = OmniIDEncoder.from_preset(preset)
+        encoder = encoder_class(preset.encoder.kind).from_preset(preset)
         images = torch.empty(sum(counts), 3, preset.tower.image_size, preset.tower.image_size)
-    encoder.requires_grad_(stage in ("mtd", "flow") and config.encoder_lr_scale > 0)
+    if stage == "control" or (stage == "flow" and config.encoder_lr_scale == 0):
+        encoder.freeze_representation()
+    else:
+        encoder.requires_grad_(stage != "t2i" and config.encoder_lr_scale > 0)
     bounds = torch.tensor([0, *counts]).cumsum(0).int()
-    tower = meter.measure("tower", [encoder.tower], encoder.photo_tokens, images)
-    codes = meter.measure(
-        "encoder",
-        [encoder.cross_blocks, encoder.self_blocks, encoder.norm, nn.ParameterList([encoder.queries])],
-        lambda tokens: encoder.combine(tokens, bounds),
-        *tower,
-    )
+    parts = dict(encoder.named_children())
+    tower = meter.measure("tower", [parts.pop("tower")] if "tower" in parts else [], encoder.photo_tokens, images)
+    rest = [*parts.values(), nn.ParameterList(encoder.parameters(recurse=False))]
+    codes = meter.measure("encoder", rest, lambda tokens: encoder.combine(tokens, bounds), *tower)
     if stage == "mtd":
         _measure_decoder(meter, preset, *codes)
     else:

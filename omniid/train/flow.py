@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from omniid.baselines import encoder_class
 from omniid.config import Preset, StageConfig
 from omniid.data.few_to_many import Batch
-from omniid.models.encoder import OmniIDEncoder, load_weights
+from omniid.models.encoder import IdentityEncoder, load_weights
 from omniid.models.flux import (
     TEXT_PARTS,
     embed_text,
@@ -42,7 +43,7 @@ class FlowStage:
         self.preset, self.config, self.cache = preset, config or preset.train.flow, cache
         self.encoder = _encoder_from(preset, weights)
         if self.config.encoder_lr_scale == 0:
-            self.encoder.requires_grad_(False)
+            self.encoder.freeze_representation()
         self.pipeline, self.text = self._load_base(
             weights / "base" if preset.base.path == "embedded" else preset.base.path
         )
@@ -131,7 +132,9 @@ class FlowStage:
 
     def learning_rate_scale(self, name: str) -> float:
         """The encoder, trained already, may move more slowly than the new adapter."""
-        return self.config.encoder_lr_scale if name.startswith("encoder.") else 1.0
+        kind, _, part = name.partition(".")
+        belongs_to_adapter = part.partition(".")[0] in self.encoder.trained_with_adapter
+        return self.config.encoder_lr_scale if kind == "encoder" and not belongs_to_adapter else 1.0
 
     @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -166,7 +169,7 @@ class FlowStage:
         # The file is rounded to bf16; identities will carry the fingerprint of what is read from it.
         self._export_adapter(folder, _encoder_from(self.preset, folder))
 
-    def _export_adapter(self, folder: Path, encoder: OmniIDEncoder) -> None:
+    def _export_adapter(self, folder: Path, encoder: IdentityEncoder) -> None:
         """Writes the adapter as one that reads the codes of `encoder`."""
         self.adapter.encoder_fingerprint = encoder.fingerprint()
         self.adapter.save(folder / "adapter.safetensors")
@@ -193,8 +196,8 @@ class FlowStage:
         self.text = self.text.to(device)
 
 
-def _encoder_from(preset: Preset, folder: Path) -> OmniIDEncoder:
-    encoder = OmniIDEncoder(preset.tower, preset.encoder, preset.name)
+def _encoder_from(preset: Preset, folder: Path) -> IdentityEncoder:
+    encoder = encoder_class(preset.encoder.kind)(preset.tower, preset.encoder, preset.name)
     load_weights(encoder, folder / "encoder.safetensors")
     return encoder
 

@@ -382,6 +382,7 @@ class Trainer:
         return (SceneBatches if scenes else FewToManyBatches)(
             rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps, self.config.max_yaw, mirror,
             accelerator.process_index, accelerator.num_processes, landmarks, latents, photos,
+            self.preset.tower.image_size, self.config.reconstruct_inputs,
         )  # fmt: skip
 
     def _loader(self, start: int):

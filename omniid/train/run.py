@@ -89,6 +89,10 @@ def prepare(
     config = getattr(settings.train, name)
     if config is None:
         raise ConfigError(f"preset {settings.name!r} has no [train.{name}]; take it from the preset mini or paper")
+    if name == "mtd" and settings.encoder.kind != "omniid":
+        raise ConfigError(
+            f"stage mtd trains encoder.kind omniid; {settings.encoder.kind} starts with stage flow or control"
+        )
     check_optimizer(config, runs_on_cpu(device))
     if config.base_precision != "auto" and name in ("base", "mtd"):
         raise ConfigError(f"base_precision is for stages with a frozen base; leave it out of [train.{name}]")

@@ -232,3 +232,12 @@ def test_bytes_that_are_no_image(data):
         decode_image(data, 32)
     with pytest.raises(RecordError, match="damaged mask"):
         decode_mask(data, 32)
+
+
+def test_single_image_reconstruction_and_inputs_of_another_size(records):
+    rows = open_records(records, "train")
+    batch = FewToManyBatches(rows, 32, 3, (1, 1), 2, seed=0, steps=1, input_size=16, reconstruct_inputs=True)[0]
+    assert batch.inputs.shape == (3, 3, 16, 16) and batch.targets.shape == (3, 2, 3, 32, 32)
+    assert torch.equal(batch.targets[:, 0], batch.targets[:, 1])
+    same = FewToManyBatches(rows, 32, 3, (1, 1), 1, seed=0, steps=1, reconstruct_inputs=True)[0]
+    assert torch.equal(same.inputs, same.targets[:, 0])
