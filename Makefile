@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.omniid-installed
 PYTEST_FLAGS ?=
+# A test process for every logical CPU, up to eight, with one thread each; PYTEST_FLAGS="-n 0" runs all in one process.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help venv demo test lint bench gpu clean
 
@@ -32,7 +34,7 @@ demo: venv
 	$(BIN)/omniid demo -o demo
 
 test: venv
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -35,7 +35,6 @@ from omniid.train.hardware import USABLE_MEMORY
 from omniid.train.latents import cached_latents, encode_targets
 from omniid.train.memory import recompute_blocks
 from omniid.train.optimizer import build_optimizer, check_optimizer
-from omniid.train.plan import choose_memory
 from omniid.train.precision import choose_precision, runs_on_cpu
 from omniid.train.schedule import ema_decay, learning_rate
 from omniid.train.sharding import (
@@ -167,6 +166,8 @@ class Trainer:
         wish, device = self.config.memory, self.accelerator.device
         if wish != "auto" or device.type != "cuda":
             return "none" if wish == "auto" else wish
+        from omniid.train.plan import choose_memory  # here, for it brings diffusers, which most starts can do without
+
         usable = torch.cuda.get_device_properties(device).total_memory * USABLE_MEMORY
         mode = choose_memory(
             self.stage.name, self.preset, self.config, precision, self.accelerator.num_processes, usable
