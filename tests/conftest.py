@@ -67,6 +67,16 @@ def tiny() -> Preset:
     return load_preset("mini", TINY)
 
 
+@pytest.fixture(scope="session")
+def tiny_file(tiny: Preset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` as a file that commands take."""
+    from omniid.config import preset_to_toml
+
+    path = tmp_path_factory.mktemp("preset") / "tiny.toml"
+    path.write_text(preset_to_toml(tiny), encoding="utf-8")
+    return path
+
+
 def make_rows(num_people: int, images_per_person: int, size: int, seed: int, split: str) -> list[dict]:
     """Identity records of blob faces: each person is a colour pattern, each image a shift of it."""
     rng = np.random.default_rng(seed)
