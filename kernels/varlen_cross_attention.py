@@ -93,7 +93,7 @@ def native_is_faster(
     if training and dtype == torch.bfloat16:
         return True  # 1.5 to 12 times, for PyTorch's products take 1 to 3 GFLOP/s
     # A call costs more than PyTorch's: with gradients 0.8 at 0.4 million, 1.0 at 1.6 million, 1.25 at 6 million. Without
-    # them 1.05 at 0.4 million, 1.2 at 1.6 million (add_identity_attention_).
+    # them 1.0 at 0.4 million, 1.2 at 1.6 million (add_identity_attention_).
     return multiply_adds >= (1 << 20 if training else 1 << 18)
 
 
