@@ -6,8 +6,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.omniid-installed
 PYTEST_FLAGS ?=
+# A test process for every logical CPU, up to eight, with one thread each; PYTEST_FLAGS="-n 0" runs all in one process.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv demo test lint bench gpu clean
+# Of `make train-mini`: records to train on, where checkpoints and weights go, and hours for all stages together ("" means the
+# preset's steps).
+DATA ?= people
+RUNS ?= runs/mini
+WEIGHTS ?= weights/mini
+HOURS ?=
+
+.PHONY: help venv demo test lint bench gpu train-mini clean
 
 help:
 	@echo "make demo   the tour on a CPU: demo/contact_sheet.png and demo/metrics.json"
@@ -15,6 +24,7 @@ help:
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make bench  timings of kernels and of the whole path"
 	@echo "make gpu    tests and benchmarks that need a CUDA device"
+	@echo "make train-mini DATA=people HOURS=6   the mini weights: base, mtd, flow, control; the same command goes on"
 	@echo "make clean  remove what the targets made, .venv excepted"
 
 venv: $(INSTALLED)
@@ -32,7 +42,7 @@ demo: venv
 	$(BIN)/omniid demo -o demo
 
 test: venv
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -47,6 +57,9 @@ gpu: venv
 	$(BIN)/pytest -m gpu $(PYTEST_FLAGS)
 	$(BIN)/omniid bench --save
 	$(BIN)/omniid bench train_step -- --preset paper --device cuda --save
+
+train-mini: venv
+	$(BIN)/python -P -m omniid.train.sequence --data $(DATA) --runs $(RUNS) --weights $(WEIGHTS) $(if $(HOURS),--hours $(HOURS))
 
 clean:
 	rm -rf build demo runs *.egg-info .pytest_cache .ruff_cache .hypothesis kernels/_native*.so

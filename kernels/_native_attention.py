@@ -4,7 +4,7 @@ Sequences are (B, L, H, D), or (L, H, D): packed where their bounds (B + 1) int6
 Shapes: B sequences, Lq queries of each, H heads, D head size.
 """
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
@@ -15,41 +15,13 @@ from ._native_library import call_native
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-class _Sequences(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("bounds", ctypes.c_void_p),
-        ("length", ctypes.c_int64),
-    ]
-
-
-class _ForwardArguments(ctypes.Structure):
-    _fields_ = [
-        *((name, _Sequences) for name in ("q", "k", "v", "base", "out", "attended")),
-        ("token_factors", ctypes.c_void_p),
-        ("token_stride", ctypes.c_int64),
-        ("lse", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("all_queries", "num_sequences", "num_heads", "size")),
-        ("scale", ctypes.c_double),
-        ("factor", ctypes.c_double),
-    ]
-
-
-class _BackwardArguments(ctypes.Structure):
-    _fields_ = [
-        *((name, _Sequences) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
-        ("dq_parts", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("token_factors", ctypes.c_void_p),
-        ("token_stride", ctypes.c_int64),
-        ("grad_factors", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("all_queries", "num_sequences", "num_heads", "size")),
-        ("scale", ctypes.c_double),
-        ("factor", ctypes.c_double),
-    ]
+# Structures of native/attention_*.cpp, where a sequence is six integers. Packed rather than of ctypes, whose objects take as
+# long to make as a small picture's attention.
+_FORWARD = struct.Struct(f"{6 * 6 + 7}q2d")
+"""q, k, v, base, out, attended; token_factors, token_stride, lse, all_queries; sequences, heads, head size; scale, factor."""
+_BACKWARD = struct.Struct(f"{8 * 6 + 9}q2d")
+"""q, k, v, out, grad, dq, dk, dv; dq_parts, lse, token_factors, token_stride, grad_factors, all_queries; the rest as above."""
+_NOWHERE = (0,) * 6
 
 
 def attention(
@@ -121,15 +93,15 @@ def forward(
     attended, the attention without base and factor, and lse (H, all queries) fp32, the logarithm of each softmax's
     denominator.
     """
-    q, k, v = (_side_by_side(x) for x in (q, k, v))
+    q, k, v = _side_by_side(q), _side_by_side(k), _side_by_side(v)
     tokens = factor if isinstance(factor, Tensor) else None
-    arguments = _ForwardArguments(
-        _sequences(q, q_bounds),
-        _sequences(k, k_bounds),
-        _sequences(v, k_bounds),
-        () if base is None else _sequences(base, q_bounds),
-        _sequences(out, q_bounds),
-        () if attended is None else _sequences(attended, q_bounds),
+    arguments = _FORWARD.pack(
+        *_sequences(q, q_bounds),
+        *_sequences(k, k_bounds),
+        *_sequences(v, k_bounds),
+        *(_NOWHERE if base is None else _sequences(base, q_bounds)),
+        *_sequences(out, q_bounds),
+        *(_NOWHERE if attended is None else _sequences(attended, q_bounds)),
         _address(tokens),
         0 if tokens is None else tokens.stride(0),
         _address(lse),
@@ -139,7 +111,7 @@ def forward(
         scale,
         1.0 if tokens is not None else factor,
     )
-    call_native(f"omniid_attention_forward_{DTYPES[q.dtype]}", ctypes.addressof(arguments))
+    call_native(f"omniid_attention_forward_{DTYPES[q.dtype]}", arguments)
 
 
 def backward(
@@ -168,15 +140,15 @@ def backward(
     is_shared = q.dim() == 3 and q_bounds is None
     parts = torch.empty(num_sequences, *q.shape) if is_shared else None
     tokens = factor if isinstance(factor, Tensor) else None
-    arguments = _BackwardArguments(
-        _sequences(q, q_bounds),
-        _sequences(k, k_bounds),
-        _sequences(v, k_bounds),
-        _sequences(out, q_bounds),
-        _sequences(grad, q_bounds),
-        _sequences(dq, q_bounds),
-        _sequences(dk, k_bounds),
-        _sequences(dv, k_bounds),
+    arguments = _BACKWARD.pack(
+        *_sequences(q, q_bounds),
+        *_sequences(k, k_bounds),
+        *_sequences(v, k_bounds),
+        *_sequences(out, q_bounds),
+        *_sequences(grad, q_bounds),
+        *_sequences(dq, q_bounds),
+        *_sequences(dk, k_bounds),
+        *_sequences(dv, k_bounds),
         _address(parts),
         _address(lse),
         _address(tokens),
@@ -188,17 +160,18 @@ def backward(
         scale,
         1.0 if tokens is not None else factor,
     )
-    call_native(f"omniid_attention_backward_{DTYPES[q.dtype]}", ctypes.addressof(arguments))
+    call_native(f"omniid_attention_backward_{DTYPES[q.dtype]}", arguments)
     return dq, dk, dv
 
 
-def _sequences(x: Tensor, bounds: Tensor | None) -> tuple:
-    *batch_stride, row_stride, head_stride, _ = x.stride()
-    return (x.data_ptr(), *(batch_stride or (0,)), row_stride, head_stride, _address(bounds), x.shape[-3])
+def _sequences(x: Tensor, bounds: Tensor | None) -> tuple[int, ...]:
+    """Address, strides of sequences, rows and heads, address of the bounds, rows of each sequence."""
+    strides = x.stride()
+    return x.data_ptr(), strides[0] if len(strides) == 4 else 0, *strides[-3:-1], _address(bounds), x.shape[-3]
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _side_by_side(x: Tensor) -> Tensor:

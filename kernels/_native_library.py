@@ -24,14 +24,18 @@ def address(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def call_native(function: str, *arguments) -> int:
-    """Calls `function` of the library with the addresses of tensors, the integers, and torch's number of threads.
+    """Calls `function` of the library with addresses of tensors, packed structures, integers, and torch's number of threads.
 
     The library has an OpenMP of its own, which does not know of `torch.set_num_threads`.
     """
     import torch  # here, since the NumPy kernels' processes never need it
 
     converted = [
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int64(a)
+        a
+        if isinstance(a, bytes)
+        else ctypes.c_void_p(a.data_ptr())
+        if isinstance(a, torch.Tensor)
+        else ctypes.c_int64(a)
         for a in (*arguments, torch.get_num_threads())
     ]
     return getattr(library(), function)(*converted)

@@ -77,7 +77,10 @@ def add_identity_attention_(
         return out.copy_(add_identity_attention_reference(out, q, k_id, v_id, scale, k_scale=k_scale, v_scale=v_scale))
     if chosen == "torch":
         k_id, v_id = _dequantized(k_id, k_scale, q.dtype), _dequantized(v_id, v_scale, q.dtype)
-        return out.add_(_spread(scale, q.dtype) * dense_attention(q, k_id, v_id))
+        attended = dense_attention(q, k_id, v_id)
+        if isinstance(scale, Tensor):
+            return out.add_(attended.mul_(_spread(scale, q.dtype)))
+        return out.add_(attended, alpha=scale)
     if chosen == "native":
         k_id, v_id = _dequantized(k_id, k_scale, q.dtype), _dequantized(v_id, v_scale, q.dtype)
         k_scale = v_scale = None
@@ -117,7 +120,7 @@ def add_identity_attention(
     if chosen == "reference":
         return add_identity_attention_reference(out, q, k_id, v_id, scale)
     if chosen == "torch":
-        return (out + _spread(scale, q.dtype) * dense_attention(q, k_id, v_id)).to(out.dtype)
+        return _sum(out, dense_attention(q, k_id, v_id), scale)
     eager = not torch.compiler.is_compiling()
     _check_triton(out, q) if chosen == "triton" else _check_native(out, q)
     if not training:
@@ -131,7 +134,7 @@ def add_identity_attention(
     batch, length = k_id.shape[:2]
     bounds = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
     attended = varlen_cross_attention(q, k_id.flatten(0, 1), v_id.flatten(0, 1), bounds, implementation=chosen)
-    return (out + _spread(scale, q.dtype) * attended).to(out.dtype)
+    return _sum(out, attended, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +231,7 @@ def _native_add(
             k_id,
             v_id,
             out,
-            num_sequences=len(q),
+            num_sequences=q.shape[0],
             scale=q.shape[-1] ** -0.5,
             base=base,
             factor=_token_factors(scale, q),
@@ -240,6 +243,8 @@ def _native_add(
 def _token_factors(scale: float | Tensor, q: Tensor) -> float | Tensor:
     if not isinstance(scale, Tensor):
         return float(scale)
+    if scale.dtype == torch.float32 and scale.shape == q.shape[:2] and scale.is_contiguous():
+        return scale
     return scale.detach().to(torch.float32).expand(q.shape[:2]).contiguous()
 
 
@@ -295,7 +300,16 @@ def _differentiated(*inputs: float | Tensor) -> bool:
 
 
 def _dequantized(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if scale is None else (x.float() * scale[:, None]).to(dtype)
+    if scale is None:
+        return x if x.dtype == dtype else x.to(dtype)
+    return (x.float() * scale[:, None]).to(dtype)
+
+
+def _sum(out: Tensor, attended: Tensor, scale: float | Tensor) -> Tensor:
+    """out + scale * attended in the dtype of out."""
+    if isinstance(scale, Tensor):
+        return (out + _spread(scale, attended.dtype) * attended).to(out.dtype)
+    return torch.add(out, attended, alpha=scale).to(out.dtype)
 
 
 def _spread(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -338,7 +352,7 @@ def _fitted(out, q, k_id, v_id, scale, k_scale, v_scale) -> tuple[Tensor, Tensor
         scale.dim() != 2 or scale.shape[0] not in (1, q.shape[0]) or scale.shape[1] != q.shape[1]
     ):
         raise ValueError(f"scale must be a number, (B, Lq) or (1, Lq) for Lq = {q.shape[1]}, got {tuple(scale.shape)}")
-    if len({x.device for x in (out, q, k_id, v_id)}) > 1:
+    if not out.device == q.device == k_id.device == v_id.device:
         raise ValueError(
             f"out, q, k_id and v_id must be on one device, got {out.device}, {q.device}, {k_id.device}, {v_id.device}"
         )
@@ -354,4 +368,6 @@ def _fitted(out, q, k_id, v_id, scale, k_scale, v_scale) -> tuple[Tensor, Tensor
     for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
         if x is not None and x.shape != q.shape[2:3]:
             raise ValueError(f"{name} must hold one value for each of the {q.shape[2]} heads, got {tuple(x.shape)}")
+    if k_id.shape[0] == q.shape[0]:
+        return k_id, v_id
     return tuple(x.expand(q.shape[0], *x.shape[1:]) for x in (k_id, v_id))

@@ -2,8 +2,8 @@
 
 Two forms of one operation. PyTorch's fused attention is the right call on GPUs and for inference. For training on CPUs
 plain matrix products are often faster (benchmarks/bench_dense_attention.py and its reports): in bf16 by 1.8 to 6.5 times
-where the CPU multiplies it in hardware, in fp32 by up to 1.1 times while the scores are few; with 256 x 256 of them, which
-no longer stay in the cache, the fused call takes half as long.
+where the CPU multiplies it in hardware, in fp32 by up to 1.1 times while the scores of a head are few but the heads many. With
+256 x 256 scores, which no longer stay in the cache, the fused call takes half as long, and for a picture or two two thirds.
 Shapes: B batch, Lq queries, Lk keys, H heads, D head size.
 """
 
@@ -15,6 +15,8 @@ from .cpu import multiplies_bf16
 
 MAX_SCORES = 2**15
 """Lq * Lk up to which products are as fast as the fused call in fp32 (two AVX2 cores)."""
+MIN_MULTIPLY_ADDS = 2**22
+"""Of queries and keys, from which on it pays that products are more calls."""
 
 
 def dense_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -45,4 +47,4 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
 def _products_pay(q: Tensor, k: Tensor) -> bool:
     if q.dtype == torch.bfloat16:
         return multiplies_bf16()
-    return q.shape[1] * k.shape[1] <= MAX_SCORES
+    return q.shape[1] * k.shape[1] <= MAX_SCORES and q.numel() * k.shape[1] >= MIN_MULTIPLY_ADDS

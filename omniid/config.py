@@ -177,6 +177,9 @@ class StageConfig:
     """What the backward pass computes again instead of keeping it: none, selective, full, or auto: what fits the GPU."""
     compile: bool = False
     """torch.compile of every transformer block, for GPUs; it takes minutes at first, and two AVX2 cores gain nothing."""
+    compile_mode: str = "default"
+    """With `compile`: default, or reduce-overhead, which replays every compiled block as a CUDA graph. That is for batches
+    so small that a GPU waits for its next kernel; no report says yet where it pays."""
     fp8: bool = False
     """Linear layers of all transformer blocks multiply in fp8, trained ones and a frozen base's; needs a GPU of compute
     capability 8.9 to gain. Norms, modulations, embeddings and heads stay as they are."""
@@ -259,6 +262,14 @@ class StageConfig:
         _require(
             self.memory in ("auto", "none", "selective", "full"),
             f"memory must be auto, none, selective or full, got {self.memory!r}",
+        )
+        _require(
+            self.compile_mode in ("default", "reduce-overhead"),
+            f"compile_mode must be default or reduce-overhead, got {self.compile_mode!r}",
+        )
+        _require(
+            self.compile or self.compile_mode == "default",
+            "compile_mode is how blocks are compiled; set compile = true too, or leave it out",
         )
         _require(self.sharding in ("none", "fsdp2"), f"sharding must be none or fsdp2, got {self.sharding!r}")
         _require(

@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    # Several processes take files in this order: the longest first, so that none is left alone at the end.
+    slow = Counter(item.path for item in items if "slow" in item.keywords)
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +65,16 @@ TINY = [
 def tiny() -> Preset:
     """The mini preset at sizes that take milliseconds."""
     return load_preset("mini", TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tiny: Preset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` as a file that commands take."""
+    from omniid.config import preset_to_toml
+
+    path = tmp_path_factory.mktemp("preset") / "tiny.toml"
+    path.write_text(preset_to_toml(tiny), encoding="utf-8")
+    return path
 
 
 def make_rows(num_people: int, images_per_person: int, size: int, seed: int, split: str) -> list[dict]:

@@ -36,6 +36,7 @@ from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, Identity
 from omniid.models.landmark_controlnet import build_landmark_controlnet
 from omniid.models.masked_decoder import MaskedDecoder
 from omniid.train.base import require_sizes
+from omniid.train.identity_loss import ARCFACE_SIZE, load_recogniser
 from omniid.train.memory import recompute_blocks
 
 FACE_SHARE = 0.45
@@ -74,9 +75,9 @@ def _quiet() -> Iterator[None]:
 def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list[Part]:
     """The parts of a stage in the order of the forward pass, in precision fp32 or bf16.
 
-    Of `base` the transformer part, its autoencoder takes little beside it; of `t2i` without the recogniser of its identity
-    loss, which is the user's own. Raises OmniIDError or ConfigError for a base whose sizes are not known, or for stage
-    `base` one that need not be trained.
+    Of `base` the transformer part, its autoencoder takes little beside it; of `t2i` with an identity loss the recogniser too,
+    which is read from its file. Raises OmniIDError or ConfigError for a base whose sizes are not known, for stage `base` one
+    that need not be trained, or for a recogniser that cannot be used.
     """
     preset = dataclasses.replace(preset, tower=dataclasses.replace(preset.tower, pretrained=""))
     config = getattr(preset.train, stage)
@@ -191,6 +192,21 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
     if stage == "t2i" and config.identity_loss_weight:
         clean = latents.requires_grad_(True)
         meter.measure("vae decoder", [vae.decoder], lambda latents: decode_latents(vae, latents), clean)
+        _measure_recogniser(meter, config.recogniser, num_images)
+
+
+def _measure_recogniser(meter: "_Meter", path: str, num_images: int) -> None:
+    """The identity loss's network on the drawn faces, and without gradients on the photographed ones."""
+    recogniser = load_recogniser(path).to("meta")
+    with torch.device("meta"):
+        drawn = torch.empty(num_images, 3, ARCFACE_SIZE, ARCFACE_SIZE, requires_grad=True)
+
+    def embed(drawn: Tensor) -> Tensor:
+        with torch.no_grad():
+            recogniser(drawn)
+        return recogniser(drawn)
+
+    meter.measure("recogniser", [recogniser], embed, drawn)
 
 
 def _measure_text(meter: "_Meter", base: BaseConfig, num_images: int) -> TextEmbedding:

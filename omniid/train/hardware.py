@@ -19,6 +19,7 @@ class Gpu:
     bf16_flops: float
     fp32_flops: float
     memory_bytes: float
+    memory_bytes_per_s: float
 
     def ceiling(self, precision: str) -> float:
         """FLOP/s that a large product reaches."""
@@ -26,9 +27,9 @@ class Gpu:
 
 
 GPUS = {
-    "h200": Gpu(989e12, 67e12, 141e9),
-    "h100": Gpu(989e12, 67e12, 80e9),
-    "a100": Gpu(312e12, 19.5e12, 80e9),
-    "l40s": Gpu(362e12, 91.6e12, 48e9),
-    "rtx4090": Gpu(165e12, 82.6e12, 24e9),
+    "h200": Gpu(989e12, 67e12, 141e9, 4.8e12),
+    "h100": Gpu(989e12, 67e12, 80e9, 3.35e12),
+    "a100": Gpu(312e12, 19.5e12, 80e9, 2.04e12),
+    "l40s": Gpu(362e12, 91.6e12, 48e9, 0.864e12),
+    "rtx4090": Gpu(165e12, 82.6e12, 24e9, 1.008e12),
 }

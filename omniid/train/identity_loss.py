@@ -26,22 +26,9 @@ class IdentityLoss(nn.Module):
     """A frozen recogniser, (N, 3, 112, 112) RGB in [-1, 1] to embeddings (N, D), and the loss it gives."""
 
     def __init__(self, path: str | Path):
-        """path: a network saved by `torch.export.save` with a dynamic batch. Raises OmniIDError where it cannot be used."""
+        """path: as of `load_recogniser`."""
         super().__init__()
-        path = Path(path)
-        if not path.is_file():
-            raise OmniIDError(f"there is no recogniser at {path}; save one there with torch.export.save")
-        try:
-            self.recogniser = torch.export.load(path).module().requires_grad_(False)
-            embeddings = self.recogniser(torch.zeros(3, 3, ARCFACE_SIZE, ARCFACE_SIZE))
-        except Exception as error:  # torch raises many kinds, for damaged files and for graphs of another signature
-            reason = str(error).strip().splitlines()[0]
-            raise OmniIDError(
-                f"the recogniser {path} cannot be used ({reason}); it must be saved by torch.export.save "
-                f"and take (N, 3, {ARCFACE_SIZE}, {ARCFACE_SIZE}) with any N"
-            ) from error
-        if embeddings.dim() != 2:
-            raise OmniIDError(f"the recogniser {path} gives {tuple(embeddings.shape)}, expected embeddings (N, D)")
+        self.recogniser = load_recogniser(path)
 
     def forward(self, drawn: Tensor, photos: Tensor, landmarks: np.ndarray) -> Tensor:
         """1 - cos (N,), with gradients to `drawn`.
@@ -56,6 +43,28 @@ class IdentityLoss(nn.Module):
         with torch.no_grad():
             wanted = self.recogniser(photos)
         return 1 - F.cosine_similarity(self.recogniser(drawn), wanted, dim=-1)
+
+
+def load_recogniser(path: str | Path) -> nn.Module:
+    """The frozen network of a file that `torch.export.save` wrote, with a dynamic batch.
+
+    Raises OmniIDError where it cannot be used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OmniIDError(f"there is no recogniser at {path}; save one there with torch.export.save")
+    try:
+        recogniser = torch.export.load(path).module().requires_grad_(False)
+        embeddings = recogniser(torch.zeros(3, 3, ARCFACE_SIZE, ARCFACE_SIZE))
+    except Exception as error:  # torch raises many kinds, for damaged files and for graphs of another signature
+        reason = str(error).strip().splitlines()[0]
+        raise OmniIDError(
+            f"the recogniser {path} cannot be used ({reason}); it must be saved by torch.export.save "
+            f"and take (N, 3, {ARCFACE_SIZE}, {ARCFACE_SIZE}) with any N"
+        ) from error
+    if embeddings.dim() != 2:
+        raise OmniIDError(f"the recogniser {path} gives {tuple(embeddings.shape)}, expected embeddings (N, D)")
+    return recogniser
 
 
 def aligned_grid(landmarks: np.ndarray, size: tuple[int, int]) -> Tensor:

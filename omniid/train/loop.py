@@ -29,13 +29,12 @@ from omniid.models.fp8 import check_fp8_device, freeze_in_fp8, train_in_fp8
 from omniid.models.frozen_precision import quantize_frozen
 from omniid.train import checkpoint as checkpoints
 from omniid.train.batch_size import photos_per_step, split_error
-from omniid.train.compiling import compile_blocks
+from omniid.train.compiling import check_compile_mode, compile_blocks
 from omniid.train.draws import identity_generators
 from omniid.train.hardware import USABLE_MEMORY
 from omniid.train.latents import cached_latents, encode_targets
 from omniid.train.memory import recompute_blocks
 from omniid.train.optimizer import build_optimizer, check_optimizer
-from omniid.train.plan import choose_memory
 from omniid.train.precision import choose_precision, runs_on_cpu
 from omniid.train.schedule import ema_decay, learning_rate
 from omniid.train.sharding import (
@@ -114,6 +113,7 @@ class Trainer:
         self.run_folder = Path(run_folder)
         on_cpu = runs_on_cpu(device)
         check_optimizer(config, on_cpu)
+        check_compile_mode(config, on_cpu)
         precision = choose_precision(config.precision, on_cpu)
         # accelerate keeps one precision for the whole process; runs of several may follow one another, so autocast is ours.
         self.accelerator = Accelerator(cpu=on_cpu)
@@ -131,7 +131,7 @@ class Trainer:
                 freeze_in_fp8(frozen, for_training=True)
         for module in (stage.model, *stage.frozen):
             if config.compile:
-                compile_blocks(module)
+                compile_blocks(module, config.compile_mode)
             recompute_blocks(module, self.memory)
         self.step = 0
         self.bad_records: list[str] = []
@@ -167,6 +167,8 @@ class Trainer:
         wish, device = self.config.memory, self.accelerator.device
         if wish != "auto" or device.type != "cuda":
             return "none" if wish == "auto" else wish
+        from omniid.train.plan import choose_memory  # here, for it brings diffusers, which most starts can do without
+
         usable = torch.cuda.get_device_properties(device).total_memory * USABLE_MEMORY
         mode = choose_memory(
             self.stage.name, self.preset, self.config, precision, self.accelerator.num_processes, usable
@@ -263,6 +265,7 @@ class Trainer:
         suspects: list[str] = []
         for index, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
             generators = identity_generators(config.seed, batch.places)
+            self._begin_pass()
             with gradients_shared(self.module, share=index == len(micro_batches) - 1):
                 with self._autocast():
                     loss, metrics = self.module(batch.to_device(accelerator.device), generators)
@@ -288,6 +291,11 @@ class Trainer:
         decay = ema_decay(self.step, config.ema_decay)
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - decay)
         return numbers
+
+    def _begin_pass(self) -> None:
+        """Lets CUDA graphs, where blocks are compiled to them, use the memory of the pass before."""
+        if self.config.compile_mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -352,6 +360,7 @@ class Trainer:
         generators = identity_generators(self.config.seed + 1, batch.places)
         with self.averaged_weights(), self._autocast():
             self.stage.model.eval()
+            self._begin_pass()
             loss, numbers = self.stage.loss(batch, generators)
             weight = self.stage.weight(batch)
             sums = {name: value.detach().double() * weight for name, value in {"loss": loss, **numbers}.items()}

@@ -10,6 +10,7 @@ from omniid.config import ConfigError, Preset, load_preset
 from omniid.data.records import open_records
 from omniid.hub import check_push, push_weights
 from omniid.models.frozen_precision import check_frozen_precision
+from omniid.train.compiling import check_compile_mode
 from omniid.train.loop import RunResult, Trainer
 from omniid.train.optimizer import check_optimizer
 from omniid.train.precision import runs_on_cpu
@@ -94,6 +95,7 @@ def prepare(
             f"stage mtd trains encoder.kind omniid; {settings.encoder.kind} starts with stage flow or control"
         )
     check_optimizer(config, runs_on_cpu(device))
+    check_compile_mode(config, runs_on_cpu(device))
     if config.base_precision != "auto" and name in ("base", "mtd"):
         raise ConfigError(f"base_precision is for stages with a frozen base; leave it out of [train.{name}]")
     # Before the base is loaded, and on the device that this process will get.

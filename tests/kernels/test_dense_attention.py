@@ -27,11 +27,11 @@ def test_gradients(generator):
     assert torch.autograd.gradcheck(dense_attention_reference, (q, k, v))
 
 
-@pytest.mark.parametrize("length", [8, 256])
-def test_gradients_are_those_of_the_products(length, generator):
-    """Whichever form is taken, short or long."""
-    tensors = [torch.randn(1, length, 2, 16, generator=generator, requires_grad=True) for _ in range(3)]
-    upstream = torch.randn(1, length, 2, 16, generator=generator)
+@pytest.mark.parametrize("batch, length", [(1, 8), (32, 64), (1, 256)])
+def test_gradients_are_those_of_the_products(batch, length, generator):
+    """Whichever form is taken: for a few short sequences, for many, for long ones."""
+    tensors = [torch.randn(batch, length, 2, 16, generator=generator, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn(batch, length, 2, 16, generator=generator)
     got = torch.autograd.grad(dense_attention(*tensors), tensors, upstream)
     doubles = [x.detach().double().requires_grad_() for x in tensors]
     wanted = torch.autograd.grad(exact(*doubles, 16**-0.5), doubles, upstream.double())

@@ -340,7 +340,8 @@ def test_where_native_is_faster():
     assert not native_is_faster(**mini | {"num_queries": 16}, capability="AVX2")
     assert not native_is_faster(**mini, capability="AVX512")
     small = mini | {"multiply_adds": 400_000}
-    assert not native_is_faster(**small, capability="AVX2")
+    assert native_is_faster(**small, capability="AVX2")
+    assert not native_is_faster(**small | {"multiply_adds": 200_000}, capability="AVX2")
     assert not native_is_faster(**small | {"training": True}, capability="AVX2")
     assert native_is_faster(**small | {"training": True, "dtype": torch.bfloat16}, capability="AVX2")
 

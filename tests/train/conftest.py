@@ -23,3 +23,15 @@ def weights(tiny, tmp_path_factory):
     MTDStage(tiny).export(folder)
     (folder / "preset.toml").write_text(preset_to_toml(tiny))
     return folder
+
+
+@pytest.fixture(scope="session")
+def recogniser(tmp_path_factory):
+    """A small random network of the form that the identity loss asks for."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 7, stride=7), torch.nn.Tanh(), torch.nn.Flatten(1))
+    example = (torch.zeros(2, 3, 112, 112),)
+    program = torch.export.export(network, example, dynamic_shapes=({0: torch.export.Dim("batch")},))
+    path = tmp_path_factory.mktemp("recogniser") / "small.pt2"
+    torch.export.save(program, path)
+    return path

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from omniid.config import ConfigError, load_preset
 from omniid.data.few_to_many import FewToManyBatches
 from omniid.data.records import open_records
 from omniid.train.compiling import compile_blocks
@@ -14,6 +15,7 @@ from omniid.train.draws import identity_generators
 from omniid.train.flow import FlowStage
 from omniid.train.memory import recompute_blocks
 from omniid.train.mtd import MTDStage
+from omniid.train.run import run_stage
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,6 +55,16 @@ def test_losses_and_gradients_are_the_same(tiny, tiny_weights, records, stage):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert 0 < counters["stats"]["unique_graphs"] <= 20
     assert not counters["recompile_limit"]
+
+
+def test_cuda_graphs_are_refused_on_a_cpu_before_anything_is_read(tmp_path):
+    wishes = ["train.mtd.compile=true", "train.mtd.compile_mode=reduce-overhead"]
+    with pytest.raises(ConfigError, match="replays CUDA graphs; train on a CUDA device, or leave it out"):
+        run_stage("mtd", "mini", tmp_path / "none", tmp_path / "run", overrides=wishes, device="cpu")
+    with pytest.raises(ConfigError, match="set compile = true too, or leave it out"):
+        load_preset("mini", wishes[1:])
+    with pytest.raises(ConfigError, match="compile_mode must be default or reduce-overhead, got 'fast'"):
+        load_preset("mini", [wishes[0], "train.mtd.compile_mode=fast"])
 
 
 def test_every_block_is_found(tiny):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import json
+import multiprocessing
 import os
 import random
 import shlex
@@ -269,7 +270,7 @@ def test_a_signal_to_the_whole_group_saves_and_what_is_printed_goes_on(preset_fi
         text=True,
         start_new_session=True,
     )
-    assert wait_for_steps(run, 3, process)
+    assert wait_for_steps(run, 3, lambda: process.poll() is not None)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -279,7 +280,7 @@ def test_a_signal_to_the_whole_group_saves_and_what_is_printed_goes_on(preset_fi
     printed = errors.split("go on with: ")[1].splitlines()[0]
     assert shlex.split(printed)[-1] == "--resume" and "base.prompt=a 'good' photo" in shlex.split(printed)
     process = subprocess.Popen(["sh", "-c", f"exec {printed}"], stderr=subprocess.PIPE, text=True)
-    assert wait_for_steps(run, step + 2, process)
+    assert wait_for_steps(run, step + 2, lambda: process.poll() is not None)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and errors.split("go on with: ")[1].splitlines()[0] == printed
@@ -288,37 +289,35 @@ def test_a_signal_to_the_whole_group_saves_and_what_is_printed_goes_on(preset_fi
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ten_kills_change_nothing(preset_file, records, tmp_path):
+def test_ten_kills_change_nothing(preset_file, records, tmp_path, monkeypatch):
     """SIGKILL at ten random moments, resumed each time: the log of losses equals the undisturbed run's."""
     whole = run_stage("mtd", preset_file, records, tmp_path / "whole", device="cpu", progress=False)
-    run, moments, kills = tmp_path / "killed", random.Random(0), 0
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    while kills < 10:
-        process = subprocess.Popen(
-            command(preset_file, records, run, "--resume"), env=environment, stderr=subprocess.DEVNULL
-        )
+    run, moments = tmp_path / "killed", random.Random(0)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    starter = multiprocessing.get_context("forkserver")  # its processes need not import everything again
+    starter.set_forkserver_preload(["omniid.train.run", "omniid.train.mtd", "torch.utils.tensorboard"])
+    goes_on = {"resume": True, "device": "cpu", "progress": False}
+    for _ in range(10):
+        process = starter.Process(target=run_stage, args=("mtd", preset_file, records, run), kwargs=goes_on)
+        process.start()
         done = len(logged(run)) if (run / "metrics.jsonl").exists() else 0
-        if wait_for_steps(run, min(done + 1, 58), process) is False:
-            break
+        assert wait_for_steps(run, min(done + 1, 58), lambda process=process: not process.is_alive())
         time.sleep(moments.uniform(0, 0.15))
         process.kill()
-        process.wait()
-        kills += 1
-    subprocess.run(
-        command(preset_file, records, run, "--resume"), check=True, env=environment, stderr=subprocess.DEVNULL
-    )
-    assert kills == 10
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    run_stage("mtd", preset_file, records, run, **goes_on)
     assert [row["loss"] for row in logged(run)] == whole.losses
     assert logged(run)[-1]["validation_loss"] == whole.validation_loss
 
 
-def wait_for_steps(run, count, process) -> bool:
+def wait_for_steps(run, count, has_ended) -> bool:
     """Waits until the log holds `count` whole lines; False when the process ended before."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= count:
             return True
-        if process.poll() is not None:
+        if has_ended():
             return False
         time.sleep(0.005)
     raise AssertionError("the training process made no progress in 120 s")

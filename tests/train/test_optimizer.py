@@ -99,9 +99,9 @@ def test_8_bit_adam_is_refused_where_it_cannot_run_before_anything_is_read(tmp_p
         load_preset("mini", ["train.mtd.optimizer=sgd"])
 
 
-def test_8_bit_adam_is_planned_with_two_bytes_a_parameter():
+def test_8_bit_adam_is_planned_with_two_bytes_a_parameter(tiny_file):
     plain, small = (
-        plan_stage("mtd", "mini", overrides=[f"train.mtd.optimizer={kind}"]) for kind in ("adamw", "adamw_8bit")
+        plan_stage("mtd", tiny_file, overrides=[f"train.mtd.optimizer={kind}"]) for kind in ("adamw", "adamw_8bit")
     )
     assert plain.memory["none"].optimizer == 8 * plain.trained_parameters
     assert small.memory["none"].optimizer == 2 * small.trained_parameters

@@ -31,18 +31,6 @@ def batch(records):
     return SceneBatches(rows, 32, 4, (1, 1), 2, seed=0, steps=1, landmarks=True)[0].to_device(torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def recogniser(tmp_path_factory):
-    """A small random network of the form that the identity loss asks for."""
-    torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 7, stride=7), torch.nn.Tanh(), torch.nn.Flatten(1))
-    example = (torch.zeros(2, 3, 112, 112),)
-    program = torch.export.export(network, example, dynamic_shapes=({0: torch.export.Dim("batch")},))
-    path = tmp_path_factory.mktemp("recogniser") / "small.pt2"
-    torch.export.save(program, path)
-    return path
-
-
 def loss_of(stage, batch, seed=0):
     return stage.loss(batch, identity_generators(seed, batch.places))
 

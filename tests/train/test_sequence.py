@@ -1,0 +1,65 @@
+"""All stages one after another: in their order, to the time they are given, and on from where they were stopped."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from omniid.train import sequence
+from omniid.train.sequence import train_sequence
+
+
+@pytest.mark.slow
+def test_four_stages_fill_one_weights_folder_and_a_stop_is_gone_on_from(tiny_file, records, tmp_path, monkeypatch):
+    runs, weights, trained, real = tmp_path / "runs", tmp_path / "weights", [], sequence.run_stage
+
+    def stopped_in_flow(stage, *arguments, **options):
+        trained.append(stage)
+        result = real(stage, *arguments, **options)
+        result.interrupted = trained.count("flow") == 1
+        return result
+
+    monkeypatch.setattr(sequence, "run_stage", stopped_in_flow)
+    arguments = tiny_file, records, runs, weights
+    short = [f"train.{stage}.steps=2" for stage in sequence.SHARES] + ["train.base.autoencoder_steps=1"]
+    options = {"overrides": [*short, "train.control.control_single_blocks=1"], "device": "cpu", "progress": False}
+    assert not train_sequence(*arguments, **options)
+    assert train_sequence(*arguments, **options)
+    assert trained == ["base", "mtd", "flow", "flow", "control"]
+    assert json.loads((runs / sequence.PROGRESS).read_text())["done"] == list(sequence.SHARES)
+    files = {path.relative_to(weights).as_posix() for path in weights.rglob("*") if path.is_file()}
+    assert {"encoder.safetensors", "decoder.safetensors", "adapter.safetensors", "controlnet/config.json"} <= files
+    assert "base/model_index.json" in files and "preset.toml" in files
+    assert train_sequence(*arguments, **options) and len(trained) == 5
+
+
+def test_time_is_shared_out_once_by_the_speed_of_each_stage(tmp_path, monkeypatch):
+    speeds = {
+        ("base", False): 100,
+        ("base", True): 500,
+        ("mtd", False): 1000,
+        ("flow", False): 50,
+        ("control", False): 40,
+    }
+    given = {}
+
+    def profile(stage, *arguments, start_from=None, **options):
+        compute = speeds[stage, start_from is not None]
+        return SimpleNamespace(wait_ms=0.1 * compute, compute_ms=0.9 * compute)
+
+    def run(stage, preset, data, folder, overrides, **options):
+        if folder.name != "trial":
+            given.setdefault(stage, []).append(overrides)
+        return SimpleNamespace(interrupted=stage == "mtd" and len(given["mtd"]) == 1)
+
+    monkeypatch.setattr(sequence, "profile_stage", profile)
+    monkeypatch.setattr(sequence, "run_stage", run)
+    assert not train_sequence("mini", "people", tmp_path, tmp_path / "weights", hours=1)
+    speeds["mtd", False] = 1  # what a stage was given stays
+    assert train_sequence("mini", "people", tmp_path, tmp_path / "weights", hours=1)
+    assert given == {
+        "base": [["train.base.autoencoder_steps=4320", "train.base.steps=1296"]],
+        "mtd": [["train.mtd.steps=1620"]] * 2,
+        "flow": [["train.flow.steps=10800"]],
+        "control": [["train.control.steps=9000"]],
+    }
