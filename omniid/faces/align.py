@@ -48,11 +48,12 @@ def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.asarray(points) @ matrix[:, :2].T + matrix[:, 2]
 
 
-def warp(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
+def warp(image: np.ndarray, matrix: np.ndarray, size: int, fast: bool = False) -> np.ndarray:
     """The (size, size) crop whose pixel M p shows the image's point p, anti-aliased; outside the image it is black.
 
-    image uint8 (H, W, 3) or (H, W); matrix (2, 3) from source to crop. Raises ValueError for
-    other types and shapes and for a matrix that shrinks the image to nothing.
+    image uint8 (H, W, 3) or (H, W); matrix (2, 3) from source to crop. fast: linear instead of cubic, a third of the time,
+    for what only a network looks at. Raises ValueError for other types and shapes and for a matrix that shrinks the image to
+    nothing.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
@@ -65,17 +66,18 @@ def warp(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
         raise ValueError("the matrix shrinks the image to nothing")
     image, matrix = _part_seen(image, matrix, size, margin=4 / min(scale, 1.0))
     picture = Image.fromarray(image)
+    filter_ = Image.Resampling.BILINEAR if fast else Image.Resampling.BICUBIC
     # PIL's affine transform reads only the pixels next to each point: shrink first with a filter as wide as needed.
     shrink = np.ones(2)
     if scale < 1:
         smaller = tuple(max(1, round(side * scale)) for side in picture.size)
         shrink = np.array(smaller) / picture.size
-        picture = picture.resize(smaller, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        picture = picture.resize(smaller, filter_, reducing_gap=3.0)
     full = np.vstack([matrix, [0, 0, 1]]) @ np.diag([*(1 / shrink), 1.0])
     inverse = np.linalg.inv(full)
     # PIL's affine transform maps output pixel centres (x + .5, y + .5) to input coordinates in the same convention.
     coefficients = tuple(inverse[:2].ravel())
-    warped = picture.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+    warped = picture.transform((size, size), Image.Transform.AFFINE, coefficients, filter_)
     return np.asarray(warped)
 
 

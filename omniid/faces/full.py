@@ -184,7 +184,7 @@ class FullAnalyzer(FaceAnalyzer):
     def chip(self, face: Face) -> np.ndarray:
         """uint8 (112, 112, 3): what the recogniser looks at."""
         matrix = similarity(five_points(face.landmarks), RECOGNISER_POINTS)
-        return warp(np.asarray(face.image), matrix, RECOGNISER_SIZE)
+        return warp(np.asarray(face.image), matrix, RECOGNISER_SIZE, fast=True)
 
     def descriptors(self, crops: list[np.ndarray] | np.ndarray) -> np.ndarray:
         chips = []
@@ -192,7 +192,7 @@ class FullAnalyzer(FaceAnalyzer):
             if crop.dtype != np.uint8 or crop.ndim != 3 or crop.shape[2] != 3 or crop.shape[0] != crop.shape[1]:
                 raise ValueError(f"a crop must be uint8 (H, H, 3), got {crop.dtype} {crop.shape}")
             matrix = similarity(_FIVE_IN_CROP * crop.shape[0], RECOGNISER_POINTS)
-            chips.append(warp(crop, matrix, RECOGNISER_SIZE))
+            chips.append(warp(crop, matrix, RECOGNISER_SIZE, fast=True))
         return self.recognise(chips)
 
 

@@ -49,11 +49,11 @@ _STABLE = np.array(
 
 def mesh_landmarks(mesh: np.ndarray) -> np.ndarray:
     """Our landmarks (66, 2) of points of the mesh (468, 2 or 3)."""
-    return _landmark_weights() @ mesh[:, :2]
+    return landmark_weights() @ mesh[:, :2]
 
 
 @functools.cache
-def _landmark_weights() -> np.ndarray:
+def landmark_weights() -> np.ndarray:
     """(66, 468) weights that turn points of the mesh into landmarks."""
     weights = np.zeros((NUM_LANDMARKS, NUM_POINTS))
     for group, points in _POINTS.items():
