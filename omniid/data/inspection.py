@@ -1,11 +1,12 @@
 """A look at a set of identity records: what it holds, and which rows are damaged.
 
-Every image and mask is decoded. The shards are read with pyarrow one batch at a time, so a set of any size fits, and a
-damaged shard does not hide the others.
+Every image and mask is decoded. The shards are read with pyarrow a few megabytes at a time, and of a row no more is kept
+than its name and hashes of its images, so a set of any size fits; a damaged shard does not hide the others.
 """
 
 import io
 import math
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,9 +16,11 @@ import numpy as np
 from PIL import Image
 
 from ..errors import OmniIDError
+from .histogram import Histogram
 from .records import COLUMNS, RecordError
+from .shared_images import SharedImages
 
-_ROWS_AT_ONCE = 4
+_BYTES_AT_ONCE, _ROWS_AT_ONCE = 4_000_000, 256
 # A landmark may lie outside the picture, but not far.
 _LANDMARK_MARGIN = 1.0
 
@@ -36,13 +39,19 @@ class Inspection:
     images_per_identity: Counter = field(default_factory=Counter)
     sources: Counter = field(default_factory=Counter)
     bytes_on_disk: int = 0
-    pose: list[np.ndarray] = field(default_factory=list, repr=False)
-    quality: list[float] = field(default_factory=list, repr=False)
-    mask_share: list[float] = field(default_factory=list, repr=False)
+    yaw: Histogram = field(default_factory=lambda: Histogram(-180, 180, 0.5), repr=False)
+    pitch: Histogram = field(default_factory=lambda: Histogram(-180, 180, 0.5), repr=False)
+    roll: Histogram = field(default_factory=lambda: Histogram(-180, 180, 0.5), repr=False)
+    quality: Histogram = field(default_factory=lambda: Histogram(0, 1, 0.005), repr=False)
+    face_share: Histogram = field(default_factory=lambda: Histogram(0, 1, 0.005), repr=False)
+    """Of the pixels of an image, by its mask."""
+    shared: SharedImages = field(default_factory=SharedImages, repr=False)
     problems: list[str] = field(default_factory=list)
 
+    def histograms(self) -> dict[str, Histogram]:
+        return {name: getattr(self, name) for name in ("yaw", "pitch", "roll", "quality", "face_share")}
+
     def as_dict(self) -> dict:
-        poses = np.array(self.pose).reshape(-1, 3)
         return {
             "folder": self.folder,
             "identities": dict(self.identities),
@@ -50,11 +59,7 @@ class Inspection:
             "image_sizes": dict(self.sizes.most_common()),
             "images_per_identity": _spread(list(self.images_per_identity.elements())),
             "megabytes": round(self.bytes_on_disk / 1e6, 2),
-            "yaw": _spread(poses[:, 0]),
-            "pitch": _spread(poses[:, 1]),
-            "roll": _spread(poses[:, 2]),
-            "quality": _spread(self.quality),
-            "face_share": _spread(self.mask_share),
+            **{name: histogram.spread() for name, histogram in self.histograms().items()},
             "sources": dict(self.sources.most_common()),
             "problems": self.problems,
         }
@@ -63,15 +68,18 @@ class Inspection:
 def inspect_records(folder: str | Path, progress: Callable[[int], None] = lambda rows: None) -> Inspection:
     """Reads every row of every shard; `progress` is told of rows done.
 
-    Raises RecordError for a folder without shards; damage is listed in `problems` instead.
+    Raises RecordError for a folder without shards; damage, and people or images that stand in several splits, are listed in
+    `problems` instead.
     """
     import pyarrow
     import pyarrow.parquet as parquet
 
     result = Inspection(str(folder))
     seen: dict[str, str] = {}
-    for path in _shards(folder):
+    shards, starts, total = _shards(folder), [], 0
+    for path in shards:
         result.bytes_on_disk += path.stat().st_size
+        starts.append(total)
         row = 0
         try:
             with parquet.ParquetFile(path) as shard:
@@ -79,15 +87,25 @@ def inspect_records(folder: str | Path, progress: Callable[[int], None] = lambda
                 if missing:
                     result.problems.append(f"{path.name} lacks the columns {', '.join(missing)}")
                     continue
-                for batch in shard.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(COLUMNS)):
+                a_row = max(1, path.stat().st_size // max(1, shard.metadata.num_rows))
+                at_once = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // a_row))
+                for batch in shard.iter_batches(batch_size=at_once, columns=list(COLUMNS)):
                     for record in batch.to_pylist():
-                        problem = check_row(record, f"{path.name} row {row}", seen, result)
+                        problem = check_row(record, f"{path.name} row {row}", seen, result, total)
                         result.problems += [problem] if problem else []
-                        row += 1
+                        row, total = row + 1, total + 1
                         progress(1)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__
             result.problems.append(f"{path.name} cannot be read after row {row} ({reason})")
+
+    def place(number: int) -> str:
+        shard = bisect(starts, number) - 1
+        return f"{shards[shard].name} row {number - starts[shard]}"
+
+    for first, second, count, *rows in result.shared.found():
+        places = " and ".join(map(place, rows))
+        result.problems.append(f"the splits {first} and {second} share {count} images, the first at {places}")
     return result
 
 
@@ -115,8 +133,11 @@ def _shards(folder: str | Path) -> list[Path]:
     return shards
 
 
-def check_row(record: dict, place: str, seen: dict[str, str], result: Inspection) -> str | None:
-    """Counts a sound record in `result`; of a damaged one, or one whose identity was seen before, says what is wrong."""
+def check_row(record: dict, place: str, seen: dict[str, str], result: Inspection, number: int = 0) -> str | None:
+    """Counts a sound record in `result`; of a damaged one, or one whose identity was seen before, says what is wrong.
+
+    number: of the row in the whole set.
+    """
     name = record["identity_id"]
     if not isinstance(name, str) or not name:
         return f"{place}: identity_id is {name!r}"
@@ -134,9 +155,11 @@ def check_row(record: dict, place: str, seen: dict[str, str], result: Inspection
     result.images_per_identity[len(sizes)] += 1
     result.sizes.update(f"{width} x {height}" for width, height in sizes)
     result.sources[record["source"] or "unknown"] += 1
-    result.pose += poses
-    result.quality += quality
-    result.mask_share += shares
+    for histogram, angles in zip((result.yaw, result.pitch, result.roll), np.transpose(poses), strict=True):
+        histogram.add(angles)
+    result.quality.add(quality)
+    result.face_share.add(shares)
+    result.shared.add(split, record["images"], number)
     return problem
 
 

@@ -160,7 +160,7 @@ def merge_records(
     waiting: dict[str, list[dict]] = {}
     written: list[Path] = []
     numbers: Counter = Counter()
-    counts = {"people": 0, "images": 0}
+    counts, found = {"people": 0, "images": 0}, Inspection(str(output))
 
     def flush(split: str) -> None:
         path = output / f"{split}-{numbers[split]:05d}.parquet"
@@ -170,7 +170,7 @@ def merge_records(
 
     for place, row in _rows(folders, problems):
         progress(1)
-        why = check_row(row, place, seen, Inspection(""))
+        why = check_row(row, place, seen, found)
         if why is not None:
             problems.append({"person": row["identity_id"], "photo": None, "why": why})
             continue
