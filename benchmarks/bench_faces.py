@@ -19,7 +19,7 @@ from omniid.faces.files import FOLDER_VARIABLE
 from omniid.faces.photo import open_photo
 
 CORES, SIZE, ROUNDS = 2, 256, 3
-HEADS, VIEWS = 20, 4
+SYNTHETIC_HEADS, PHOTO_HEADS, VIEWS = 50, 20, 2
 DATA = Path(os.environ.get(FOLDER_VARIABLE) or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 parser = command_line()
@@ -84,10 +84,10 @@ def parts() -> dict[str, float]:
     return {f"{name} ms": float(np.median(values)) for name, values in times.items()}
 
 
-def turned_views(first_seed: int) -> Iterator[tuple[int, View]]:
+def turned_views(heads: int, first_seed: int) -> Iterator[tuple[int, View]]:
     """Number of a head, and a view of it within 40 degrees of yaw, its expression neutral."""
     rng = np.random.default_rng(0)
-    for head in range(HEADS):
+    for head in range(heads):
         for _ in range(VIEWS):
             yaw, pitch, roll = rng.uniform([-40, -15, -12], [40, 15, 12]).tolist()
             view = View.sample(first_seed + head, jitter=False)
@@ -95,7 +95,7 @@ def turned_views(first_seed: int) -> Iterator[tuple[int, View]]:
 
 
 def synthetic_heads() -> Iterator[RenderedFace]:
-    for head, view in turned_views(1000):
+    for head, view in turned_views(SYNTHETIC_HEADS, 1000):
         yield render(Person.sample(1000 + head), view, 256, aligned=False)
 
 
@@ -103,9 +103,9 @@ def rerendered_heads(folder: Path) -> Iterator[RenderedFace]:
     """Heads made from photos of the first people in `folder`/london."""
     model = rerender.load_face_model(folder / "face_model")
     reader, person_mask = (kind(folder / "landmarks") for kind in (rerender.PhotoReader, rerender.PersonMask))
-    groups = list(rerender.group_by_person([folder / "london"]).items())[:HEADS]
+    groups = list(rerender.group_by_person([folder / "london"]).items())[:PHOTO_HEADS]
     people = [rerender.make_likeness(model, person_mask, name, [reader(photos[0])]) for name, photos in groups]
-    for head, view in turned_views(2000):
+    for head, view in turned_views(PHOTO_HEADS, 2000):
         yield rerender.render(model, people[head], view, 256, aligned=False)
 
 
