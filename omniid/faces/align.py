@@ -24,6 +24,24 @@ def similarity_to_template(points: np.ndarray, size: int) -> np.ndarray:
     return similarity(points, TEMPLATE * size)
 
 
+def similarity_to_ffhq(points: np.ndarray, size: int) -> np.ndarray:
+    """The (2, 3) matrix to a crop that is framed as the photos of FFHQ are (Karras et al., arXiv 1812.04948, App. C).
+
+    points (5 or more, 2): right eye centre, left eye centre, nose base, mouth corners. The crop is centred a tenth of the way
+    from the eyes to the mouth; half its side is twice the distance of the eyes or 1.8 times that from eyes to mouth, whichever
+    is more. Raises ValueError for points that coincide.
+    """
+    right, left, _, *mouth = np.asarray(points, np.float64)[:5] @ [1, 1j]
+    eyes, across, down = (right + left) / 2, left - right, np.mean(mouth) - (right + left) / 2
+    direction = across - 1j * down  # both say which way is right; a turned head shortens one of them
+    if not np.isfinite(direction) or abs(direction) < 1e-9:
+        raise ValueError("the points coincide or are not finite; no similarity is defined")
+    half_side = direction / abs(direction) * max(2.0 * abs(across), 1.8 * abs(down))
+    a = size / 2 / half_side
+    b = size / 2 * (1 + 1j) - a * (eyes + 0.1 * down)
+    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+
+
 def similarity(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """The (2, 3) matrix of the similarity that takes points (N, 2) onto targets (N, 2), least squares.
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .align import apply, similarity, similarity_to_template, warp
-from .face import Face, FaceAnalyzer, FaceCrop, FaceError, choose_face, without_photo
+from .align import apply, similarity, warp
+from .face import ALIGNMENTS, Face, FaceAnalyzer, FaceCrop, FaceError, choose_face, without_photo
 from .landmarks import landmark_group
 from .photo import open_photo
 from .quality import QUALITY_SIZE, sharpness_and_size
@@ -162,13 +162,13 @@ class FullAnalyzer(FaceAnalyzer):
         if found:
             yield _from_left(found)
 
-    def describe(self, face: Face, size: int) -> FaceCrop:
-        matrix = similarity_to_template(face.points[:3], size)
+    def describe(self, face: Face, size: int, alignment: str = "template") -> FaceCrop:
+        matrix = ALIGNMENTS[alignment](face, size)
         yaw, pitch, roll = face.pose
         turned = math.degrees(math.atan2(matrix[1, 0], matrix[0, 0]))
         return FaceCrop(
             face=without_photo(face),
-            image=self.crop(face, size),
+            image=np.array(warp(np.asarray(face.image), matrix, size)),
             mask=self.mask(face, matrix, size),
             landmarks=apply(matrix, face.landmarks),
             pose=(yaw, pitch, roll + turned),
