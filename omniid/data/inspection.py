@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image
+
+from omniid.faces.photo import MAX_PIXELS
 
 from ..errors import OmniIDError
 from .histogram import Histogram
@@ -82,7 +85,8 @@ def inspect_records(folder: str | Path, progress: Callable[[int], None] = lambda
         starts.append(total)
         row = 0
         try:
-            with parquet.ParquetFile(path) as shard:
+            # Without pre_buffer=False pyarrow holds all that was read until the end of the shard.
+            with parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as shard:
                 missing = [name for name in COLUMNS if name not in shard.schema_arrow.names]
                 if missing:
                     result.problems.append(f"{path.name} lacks the columns {', '.join(missing)}")
@@ -142,6 +146,9 @@ def check_row(record: dict, place: str, seen: dict[str, str], result: Inspection
     if not isinstance(name, str) or not name:
         return f"{place}: identity_id is {name!r}"
     place = f"{place} ({name})"
+    for column in ("source", "split"):
+        if not isinstance(record[column], str | None):
+            return f"{place}: {column} is no text"
     earlier = seen.setdefault(name, place)
     problem = None if earlier == place else f"{place}: the same identity_id is at {earlier}"
     try:
@@ -149,6 +156,8 @@ def check_row(record: dict, place: str, seen: dict[str, str], result: Inspection
         poses, quality = _check_numbers(record, sizes)
     except OmniIDError as error:
         return problem or f"{place}: {error}"
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # columns of other types
+        return problem or f"{place}: has another form than a record ({error})"
     split = record["split"] or "none"
     result.identities[split] += 1
     result.images[split] += len(sizes)
@@ -172,26 +181,46 @@ def _check_images(record: dict) -> tuple[list[tuple[int, int]], list[float]]:
         raise RecordError(f"{len(masks)} masks for {len(images)} images")
     sizes, shares = [], []
     for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
-        picture = _decode(image, "RGB", f"image {index}")
-        face = _decode(mask, "L", f"mask {index}")
-        if face.shape != picture.shape[:2]:
-            raise RecordError(f"mask {index} and its image differ in size: {face.shape} and {picture.shape[:2]}")
+        height, width = _jpeg_size(image, f"image {index}")
+        face = _decode_mask(mask, f"mask {index}")
+        if face.shape != (height, width):
+            raise RecordError(f"mask {index} and its image differ in size: {face.shape} and {(height, width)}")
         share = float((face > 127).mean())
         if share == 0.0:
             raise RecordError(f"mask {index} marks no face")
-        sizes.append((picture.shape[1], picture.shape[0]))
+        sizes.append((width, height))
         shares.append(share)
     return sizes, shares
 
 
-def _decode(data: object, mode: str, what: str) -> np.ndarray:
-    if not isinstance(data, bytes):
-        raise RecordError(f"{what} is not stored as bytes")
+def _jpeg_size(data: object, what: str) -> tuple[int, int]:
+    """Height and width of a JPEG that decodes as the loader decodes it."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert(mode))
+        height, width = simplejpeg.decode_jpeg_header(_stored(data, what))[:2]
+        if height * width > MAX_PIXELS:
+            raise RecordError(f"{what} has {width} x {height} pixels, more than a photo's")
+        simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError as error:
+        raise RecordError(f"{what} is damaged ({error})") from error
+    return height, width
+
+
+def _decode_mask(data: object, what: str) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(_stored(data, what)), formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise RecordError(f"{what} has {image.width} x {image.height} pixels, more than a photo's")
+            return np.asarray(image.convert("L"))
+    except RecordError:
+        raise
     except Exception as error:  # Pillow raises many kinds for damaged bytes
         raise RecordError(f"{what} is damaged ({type(error).__name__})") from error
+
+
+def _stored(data: object, what: str) -> bytes:
+    if not isinstance(data, bytes):
+        raise RecordError(f"{what} is not stored as bytes")
+    return data
 
 
 def _check_numbers(record: dict, sizes: list[tuple[int, int]]) -> tuple[list[np.ndarray], list[float]]:
