@@ -114,12 +114,12 @@ def inspect_records(folder: str | Path, progress: Callable[[int], None] = lambda
 
 
 def count_rows(folder: str | Path) -> int:
-    """Rows of all readable shards, from their footers."""
+    """Rows of all readable shards, from their footers; 0 for a folder without shards."""
     import pyarrow
     import pyarrow.parquet as parquet
 
     total = 0
-    for path in _shards(folder):
+    for path in Path(folder).glob("*.parquet"):
         try:
             total += parquet.read_metadata(path).num_rows
         except (pyarrow.ArrowException, OSError):  # reported by inspect_records

@@ -154,8 +154,8 @@ def _person(name, photos, crops, split, min_face, min_images, finder, problems, 
 
 
 def has_records(folder: str | Path) -> bool:
-    """Whether a folder holds Parquet shards."""
-    return any(Path(folder).glob("*.parquet"))
+    """Whether a folder holds Parquet shards, or is a part of a curation in which nobody was kept."""
+    return any(Path(folder).glob("*.parquet")) or any(Path(folder).glob("*curation.json"))
 
 
 def merge_records(

@@ -53,7 +53,7 @@ def videos(tmp_path_factory) -> tuple[Path, dict]:
     }
     whole = (folder / "second.mkv").read_bytes()
     (folder / "cut.mkv").write_bytes(whole[: len(whole) // 2])
-    (folder / "head.mkv").write_bytes(
+    (folder / "beginning.mkv").write_bytes(
         whole[: whole.index(b"\x1f\x43\xb6\x75")]
     )  # all before the first cluster of frames
     (folder / "empty.mp4").write_bytes(b"")
@@ -119,7 +119,7 @@ def test_broken_files_are_said_and_passed_over(curated):
         ("empty", "not a video that can be read"),
         ("text", "not a video that can be read"),
         ("sound", "has no video stream"),
-        ("head", "not a video that can be read"),
+        ("beginning", "not a video that can be read"),
     ):
         assert words in summaries[name]["error"]
         assert summaries[name]["people"] == []

@@ -171,8 +171,10 @@ def test_records_of_several_folders_are_checked_and_merged(records, tmp_path):
     rows[2]["images"][0] = b"junk"
     parquet.write_table(table.from_pylist(rows, schema=table.schema), second / "train-00000.parquet")
     (second / "train-00001.parquet").write_bytes(b"PAR1 cut off")
-    output = tmp_path / "merged"
-    result = run(records, second, "-o", output)
+    output, nobody = tmp_path / "merged", tmp_path / "nobody"
+    nobody.mkdir()
+    (nobody / "2-of-3-curation.json").write_text("{}")  # a part of a curation in which nobody was kept
+    result = run(records, second, nobody, "-o", output)
     assert result.exit_code == 0, result.output
     facts = inspect_records(output).as_dict()
     assert facts["problems"] == []
