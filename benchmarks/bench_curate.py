@@ -91,7 +91,7 @@ def killed(videos: list[Path], settings: Settings, wanted: Path, times: int, sec
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-P", "-m", "omniid.cli.main", "data", "curate", *map(str, videos), "-o", output]
         for option, value in asdict(settings).items():
-            command += [f"--{option.replace('_', '-')}", str(value)]
+            command += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
         for _ in range(times):
             with subprocess.Popen(
                 [*command, "--workers", "1"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -133,7 +133,8 @@ def main() -> None:
         totals = total_counts(summaries)
         counts, spent = totals["counts"], sum(totals["times"].values())
         row = {"videos": len(videos), "frames": counts["frames"], **score(summaries, folder)}
-        row |= {"yaw range": counts["yaw range, mean"], "of random 8": counts["yaw range of random frames, mean"]}
+        row |= {"yaw range": counts["yaw range, mean"], "of all frames": counts["yaw range of all frames, mean"]}
+        row["of random 8"] = counts["yaw range of random frames, mean"]
         row |= {"ratio": row["yaw range"] / max(row["of random 8"], 1e-9), "frames/s": counts["frames"] / seconds}
         row |= {f"{name} %": round(100 * value / spent) for name, value in totals["times"].items()}
         if arguments.kill:

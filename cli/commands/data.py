@@ -6,10 +6,9 @@ import os
 import click
 
 from .data_curate import curate
+from .data_inspect import inspect
 from .data_pack import pack
 from .data_rerender import rerender
-
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 @click.group()
@@ -25,6 +24,7 @@ def data() -> None:
 
 
 data.add_command(curate)
+data.add_command(inspect)
 data.add_command(pack)
 data.add_command(rerender)
 
@@ -62,7 +62,7 @@ data.add_command(rerender)
     type=click.IntRange(min=1),
     help="Processes that render.",
 )
-@_JSON
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def synth(
     folder: str,
     people: int,
@@ -119,38 +119,3 @@ def synth(
     else:
         rate = people * images / seconds
         click.echo(f"{folder}: {people} people, {people * images} images of {size} px, {rate:.0f} images/s")
-
-
-@data.command()
-@click.argument("folder", type=click.Path())
-@_JSON
-def inspect(folder: str, as_json: bool) -> None:
-    """\b
-    omniid data inspect people
-
-    Counts what a set holds and checks every row, image and mask. Exit code 1 if any is damaged.
-    """
-    from tqdm import tqdm
-
-    from omniid.data.inspection import count_rows, inspect_records
-
-    with tqdm(total=count_rows(folder), desc="rows", unit="row", leave=False) as bar:
-        facts = inspect_records(folder, bar.update).as_dict()
-    if as_json:
-        click.echo(json.dumps(facts))
-    else:
-        for name, value in facts.items():
-            if name != "problems":
-                click.echo(f"{name:<20} {_text(value)}")
-        for problem in facts["problems"]:
-            click.echo(f"damaged: {problem}")
-    if facts["problems"]:
-        raise click.ClickException(f"{len(facts['problems'])} problems in {folder}; write the damaged shards again")
-
-
-def _text(value: object) -> str:
-    if isinstance(value, dict) and set(value) == {"min", "median", "max"}:
-        return f"{value['min']:g} to {value['max']:g}, median {value['median']:g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {number}" for key, number in value.items()) or "none"
-    return "none" if value is None else str(value)

@@ -50,6 +50,11 @@ def _shard(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int,
     type=click.FloatRange(0, 0.9),
     help="Share of the videos that become the split validation.",
 )
+@click.option(
+    "--annotations",
+    type=click.Path(),
+    help="Clips to take: CelebV-HQ's JSON, TalkingHead-1KH's *_video_tubes.txt or VFHQ's folder of Clip+*.txt.",
+)
 @click.option("--shard", default="1/1", show_default=True, callback=_shard, help="i/n: this machine's part of n.")
 @click.option(
     "--workers",
@@ -70,6 +75,7 @@ def curate(
     every: int,
     quality: str,
     held_out: float,
+    annotations: str | None,
     shard: tuple[int, int],
     workers: int,
     as_json: bool,
@@ -77,6 +83,7 @@ def curate(
     """\b
     omniid data curate talks/*.mp4 -o talks-set
     omniid data curate talks -o talks-set --shard 3/8
+    omniid data curate downloaded -o celebv-set --annotations celebvhq_info.json
 
     Talking heads become identity records: of each person the sharpest faces over all poses, with masks, landmarks and
     captions (the recipe of MFHQ, Sec. 3.4). report.html shows what was kept and why the rest was not; an interrupted call
@@ -86,7 +93,7 @@ def curate(
 
     from tqdm import tqdm
 
-    from omniid.data.curate import Settings, curate_videos, find_videos
+    from omniid.data.curate import Settings, curate_videos, find_videos, read_annotations
     from omniid.data.curate.report import total_counts
 
     if min_images is not None and min_images > images:
@@ -100,8 +107,10 @@ def curate(
         every=every,
         quality=quality,
         held_out=held_out,
+        annotations=annotations,
     )
-    total = len(list(find_videos(videos))[shard[0] :: shard[1]])
+    found = read_annotations(annotations) if annotations else find_videos(videos)
+    total = len(list(found)[shard[0] :: shard[1]])
     with tqdm(total=total, desc="videos", unit="video") as bar:
         frames = people = 0
 

@@ -26,6 +26,13 @@ import click
     type=click.FloatRange(0, 0.9),
     help="Share of the people that become the split validation.",
 )
+@click.option(
+    "--align",
+    default="template",
+    show_default=True,
+    type=click.Choice(["template", "ffhq"]),
+    help="How the crops are framed: as the encoder wants them, or as the photos of FFHQ are.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def pack(
     folders: tuple[str, ...],
@@ -35,16 +42,18 @@ def pack(
     min_face: float,
     min_images: int,
     held_out: float,
+    align: str,
     as_json: bool,
 ) -> None:
     """\b
     omniid data pack people/* -o records
     omniid data pack lfw -o records --held-out 0.05
+    omniid data pack webface/*.tar -o records
     omniid data pack shard1 shard2 -o records
 
-    Photos, one folder a person (or a folder of such folders), become identity records. Folders that hold records, such
-    as the shards of omniid data curate, are checked and merged instead. What was left out, and why, is in
-    problems.jsonl; an interrupted call goes on when it is repeated.
+    Photos, one folder a person (or a folder of such folders, or tar files of them), become identity records. Folders that
+    hold records, such as the shards of omniid data curate, are checked and merged instead. What was left out, and why, is
+    in problems.jsonl; an interrupted call goes on when it is repeated.
     """
     from tqdm import tqdm
 
@@ -70,6 +79,7 @@ def pack(
                 min_face=min_face,
                 min_images=min_images,
                 held_out_share=held_out,
+                alignment=align,
                 progress=bar.update,
             )
     if as_json:

@@ -158,6 +158,14 @@ class FewToManyBatches(torch.utils.data.Dataset):
                 return {**rest, "skipped": skipped}
             except RecordError as error:
                 skipped.append(f"{row['identity_id']}: {error}")
+            except (
+                TypeError,
+                ValueError,
+                AttributeError,
+                LookupError,
+                OverflowError,
+            ) as error:  # columns of other types
+                skipped.append(f"{row['identity_id']}: has another form than a record ({error})")
         raise RecordError(f"{len(skipped)} records in a row are damaged, the last: {skipped[-1]}")
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -195,8 +203,10 @@ class FewToManyBatches(torch.utils.data.Dataset):
     def _sample(self, row: Mapping, number: int, rng: np.random.Generator, space: dict, num_inputs: int | None) -> dict:
         inputs, targets, is_mirrored = self.choose(row, rng, num_inputs)
         pictures = space | {"inputs": space["inputs"][: len(inputs)]}
-        captions = row["captions"]
-        sample = pictures | {"captions": [captions[i] for i in targets]}
+        captions = [row["captions"][i] for i in targets]
+        if not all(isinstance(caption, str) for caption in captions):
+            raise RecordError("captions are no text")
+        sample = pictures | {"captions": captions}
         sample |= self.read(row, inputs, targets, pictures)
         cached = {name: ways[is_mirrored].read(number, targets) for name, ways in self.latents.items()}
         if is_mirrored:

@@ -21,18 +21,27 @@ from .record_shards import (
     write_shard,
 )
 from .records import COLUMNS, RecordError
+from .tar_photos import TarPhoto, people_in_tar
 
 PEOPLE_A_SHARD = 100
 PROBLEMS_FILE = "problems.jsonl"
 
 
-def find_people(folders: Sequence[str | Path]) -> dict[str, list[Path]]:
-    """Identity -> photos, of folders that hold the photos of one person or a folder for each (LFW, VGGFace2, WebFace).
+def find_people(folders: Sequence[str | Path]) -> dict[str, list[Path | TarPhoto]]:
+    """Identity -> photos, of folders that hold the photos of one person or a folder for each (LFW, VGGFace2, WebFace), and of
+    tar files (`tar_photos.people_in_tar`).
 
-    The identity is the folder's name. Raises RecordError for a folder without photos and for two people of one name.
+    The identity is the folder's name; a person's photos may be spread over tar files. Raises RecordError for a folder without
+    photos and for two people of one name.
     """
-    people: dict[str, list[Path]] = {}
+    people: dict[str, list[Path | TarPhoto]] = {}
     for folder in map(Path, folders):
+        if folder.suffix.lower() == ".tar":
+            if not folder.is_file():
+                raise RecordError(f"the tar file {folder} does not exist; check the path")
+            for name, photos in people_in_tar(folder).items():
+                people.setdefault(name, []).extend(photos)
+            continue
         if not folder.is_dir():
             raise RecordError(f"{folder} is not a folder; give one folder a person, or a folder of such folders")
         inside = [(folder, _photos(folder))]
@@ -62,6 +71,7 @@ def pack_photos(
     min_face: float = 0.0,
     min_images: int = 1,
     held_out_share: float = 0.0,
+    alignment: str = "template",
     progress: Callable[[int], None] = lambda photos: None,
 ) -> dict:
     """Writes `<split>-NNNNN.parquet` and `problems.jsonl` into `output`; returns counts.
@@ -84,13 +94,21 @@ def pack_photos(
             chosen = names[start : start + PEOPLE_A_SHARD]
             path = output / f"{split}-{shard:05d}.parquet"
             made_by = {
-                **{"faces": faces, "size": size, "min_face": min_face, "min_images": min_images},
+                **{
+                    "faces": faces,
+                    "size": size,
+                    "min_face": min_face,
+                    "min_images": min_images,
+                    "alignment": alignment,
+                },
                 "photos": {name: [str(photo) for photo in people[name]] for name in chosen},
             }
             left_out = finished_shard(path, made_by)
             if left_out is None:
                 rows, left_out = [], []
-                stream = finder.analyze_many([photo for name in chosen for photo in people[name]], size)
+                photos = (photo for name in chosen for photo in people[name])
+                sources = (photo.read() if isinstance(photo, TarPhoto) else photo for photo in photos)
+                stream = finder.analyze_many(sources, size, alignment=alignment)
                 for name in chosen:
                     crops = islice(stream, len(people[name]))
                     row = _person(name, people[name], crops, split, min_face, min_images, finder, left_out, progress)
@@ -109,10 +127,10 @@ def pack_photos(
 def _person(name, photos, crops, split, min_face, min_images, finder, problems, progress) -> dict | None:
     """The row of one person, or None; photos that are left out are added to `problems`."""
 
-    def leave_out(photo: Path | None, why: str) -> None:
+    def leave_out(photo: Path | TarPhoto | None, why: str) -> None:
         problems.append({"person": name, "photo": None if photo is None else str(photo), "why": why})
 
-    kept: list[tuple[Path, FaceCrop]] = []
+    kept: list[tuple[Path | TarPhoto, FaceCrop]] = []
     for photo, crop in zip(photos, crops, strict=True):
         progress(1)
         if isinstance(crop, FaceError):
@@ -136,8 +154,8 @@ def _person(name, photos, crops, split, min_face, min_images, finder, problems, 
 
 
 def has_records(folder: str | Path) -> bool:
-    """Whether a folder holds Parquet shards."""
-    return any(Path(folder).glob("*.parquet"))
+    """Whether a folder holds Parquet shards, or is a part of a curation in which nobody was kept."""
+    return any(Path(folder).glob("*.parquet")) or any(Path(folder).glob("*curation.json"))
 
 
 def merge_records(
@@ -160,7 +178,7 @@ def merge_records(
     waiting: dict[str, list[dict]] = {}
     written: list[Path] = []
     numbers: Counter = Counter()
-    counts = {"people": 0, "images": 0}
+    counts, found = {"people": 0, "images": 0}, Inspection(str(output))
 
     def flush(split: str) -> None:
         path = output / f"{split}-{numbers[split]:05d}.parquet"
@@ -170,7 +188,7 @@ def merge_records(
 
     for place, row in _rows(folders, problems):
         progress(1)
-        why = check_row(row, place, seen, Inspection(""))
+        why = check_row(row, place, seen, found)
         if why is not None:
             problems.append({"person": row["identity_id"], "photo": None, "why": why})
             continue
@@ -196,7 +214,7 @@ def _rows(folders: Sequence[str | Path], problems: list[dict]) -> Iterator[tuple
         for path in sorted(Path(folder).glob("*.parquet")):
             number = 0
             try:
-                with parquet.ParquetFile(path) as shard:
+                with parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as shard:
                     for batch in shard.iter_batches(batch_size=4, columns=list(COLUMNS)):
                         for row in batch.to_pylist():
                             yield f"{path} row {number}", row

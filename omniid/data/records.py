@@ -109,9 +109,9 @@ def decode_mask(data: bytes, size: int) -> np.ndarray:
             mask = image.convert("L")
             if mask.size != (size, size):
                 mask = mask.resize((size, size), Image.Resampling.BOX)
-    except (OSError, SyntaxError, ValueError) as error:
+            return np.asarray(mask) > 127
+    except Exception as error:  # Pillow raises many kinds for damaged bytes
         raise RecordError(f"damaged mask ({error})") from error
-    return np.asarray(mask) > 127
 
 
 def scaled_landmarks(points: list, image: bytes, size: int) -> np.ndarray:

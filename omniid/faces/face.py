@@ -14,9 +14,17 @@ import numpy as np
 from PIL import Image
 
 from ..errors import OmniIDError
-from .align import similarity_to_template, warp
+from .align import similarity_to_ffhq, similarity_to_template, warp
+from .photo_bytes import PhotoBytes
 
 T, R = TypeVar("T"), TypeVar("R")
+
+
+ALIGNMENTS = {
+    "template": lambda face, size: similarity_to_template(face.points[:3], size),
+    "ffhq": lambda face, size: similarity_to_ffhq(face.landmarks, size),
+}
+"""How a crop is framed: what the encoder is made for, or as the photos of FFHQ are."""
 
 
 class FaceError(OmniIDError):
@@ -64,7 +72,7 @@ class FaceCrop:
     face: Face
     """Where it was found; it holds a single pixel instead of the photo."""
     image: np.ndarray
-    """uint8 (S, S, 3), aligned to TEMPLATE; black outside the photo."""
+    """uint8 (S, S, 3), aligned as was asked for; black outside the photo."""
     mask: np.ndarray
     """bool (S, S), the face: skin with brows, eyes and lips; no ears, neck or backdrop."""
     landmarks: np.ndarray
@@ -128,15 +136,19 @@ class FaceAnalyzer(abc.ABC):
 
         yield from in_order(one, images)
 
-    def describe(self, face: Face, size: int) -> FaceCrop:
+    def describe(self, face: Face, size: int, alignment: str = "template") -> FaceCrop:
         """The crop of a face that this analyzer found, with mask, landmarks and embedding.
 
-        Raises FaceError for a backend that has no models for these.
+        alignment: one of ALIGNMENTS. Raises FaceError for a backend that has no models for these.
         """
         raise FaceError("this face backend gives no landmarks and masks; use --faces files or --faces uniface")
 
     def analyze_many(
-        self, images: Iterable[Image.Image | str | Path], size: int, face: int | None = None
+        self,
+        images: Iterable[Image.Image | PhotoBytes | str | Path],
+        size: int,
+        face: int | None = None,
+        alignment: str = "template",
     ) -> Iterator[FaceCrop | FaceError]:
         """For each photo, in order: `describe` of its face, or the error that says why there is none.
 
@@ -146,9 +158,9 @@ class FaceAnalyzer(abc.ABC):
         if type(self).describe is FaceAnalyzer.describe:
             FaceAnalyzer.describe(self, None, size)
 
-        def one(image: Image.Image | str | Path) -> FaceCrop | FaceError:
+        def one(image: Image.Image | PhotoBytes | str | Path) -> FaceCrop | FaceError:
             try:
-                return self.describe(self.find(image, face), size)
+                return self.describe(self.find(image, face), size, alignment)
             except FaceError as error:
                 return error
 

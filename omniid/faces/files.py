@@ -92,7 +92,7 @@ class FilesAnalyzer(FullAnalyzer):
 
     def _look(self, pixels: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, float]:
         """The mesh (468, 3) in pixels of the photo, seen through a (2, 3) matrix to 192 x 192; how sure a face is there."""
-        view = warp(pixels, matrix, _MESH_SIZE).astype(np.float32) / 255
+        view = warp(pixels, matrix, _MESH_SIZE, fast=True).astype(np.float32) / 255
         points, presence = self._mesh_model(view[None])
         points = points.reshape(NUM_POINTS, 3).astype(np.float64)
         back = np.linalg.inv(matrix[:, :2])
@@ -114,7 +114,7 @@ class FilesAnalyzer(FullAnalyzer):
         half = _PERSON_SIZE // 2
         # The person's surroundings, with the crop in the middle.
         wide = matrix * (half / size) + np.array([[0, 0, half / 2], [0, 0, half / 2]])
-        view = warp(np.asarray(face.image), wide, _PERSON_SIZE).astype(np.float32) / 255
+        view = warp(np.asarray(face.image), wide, _PERSON_SIZE, fast=True).astype(np.float32) / 255
         person = self._person_model(view[None])[0][0, half // 2 : -half // 2, half // 2 : -half // 2, 0]
         person = Image.fromarray(person).resize((size, size), Image.Resampling.BILINEAR)
         return covered & (np.asarray(person) > 0.5)

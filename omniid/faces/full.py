@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .align import apply, similarity, similarity_to_template, warp
-from .face import Face, FaceAnalyzer, FaceCrop, FaceError, choose_face, without_photo
+from .align import apply, similarity, warp
+from .face import ALIGNMENTS, Face, FaceAnalyzer, FaceCrop, FaceError, choose_face, without_photo
 from .landmarks import landmark_group
 from .photo import open_photo
 from .quality import QUALITY_SIZE, sharpness_and_size
@@ -162,13 +162,13 @@ class FullAnalyzer(FaceAnalyzer):
         if found:
             yield _from_left(found)
 
-    def describe(self, face: Face, size: int) -> FaceCrop:
-        matrix = similarity_to_template(face.points[:3], size)
+    def describe(self, face: Face, size: int, alignment: str = "template") -> FaceCrop:
+        matrix = ALIGNMENTS[alignment](face, size)
         yaw, pitch, roll = face.pose
         turned = math.degrees(math.atan2(matrix[1, 0], matrix[0, 0]))
         return FaceCrop(
             face=without_photo(face),
-            image=self.crop(face, size),
+            image=np.array(warp(np.asarray(face.image), matrix, size)),
             mask=self.mask(face, matrix, size),
             landmarks=apply(matrix, face.landmarks),
             pose=(yaw, pitch, roll + turned),
@@ -184,7 +184,7 @@ class FullAnalyzer(FaceAnalyzer):
     def chip(self, face: Face) -> np.ndarray:
         """uint8 (112, 112, 3): what the recogniser looks at."""
         matrix = similarity(five_points(face.landmarks), RECOGNISER_POINTS)
-        return warp(np.asarray(face.image), matrix, RECOGNISER_SIZE)
+        return warp(np.asarray(face.image), matrix, RECOGNISER_SIZE, fast=True)
 
     def descriptors(self, crops: list[np.ndarray] | np.ndarray) -> np.ndarray:
         chips = []
@@ -192,7 +192,7 @@ class FullAnalyzer(FaceAnalyzer):
             if crop.dtype != np.uint8 or crop.ndim != 3 or crop.shape[2] != 3 or crop.shape[0] != crop.shape[1]:
                 raise ValueError(f"a crop must be uint8 (H, H, 3), got {crop.dtype} {crop.shape}")
             matrix = similarity(_FIVE_IN_CROP * crop.shape[0], RECOGNISER_POINTS)
-            chips.append(warp(crop, matrix, RECOGNISER_SIZE))
+            chips.append(warp(crop, matrix, RECOGNISER_SIZE, fast=True))
         return self.recognise(chips)
 
 

@@ -41,19 +41,20 @@ _JAW = (1.12, 2.1, 2.98, 3.83, 4.84, 6.17, 7.69, 9.48, 11.0, 12.52, 14.31, 15.83
 # Of the network's depth. 1.0 gives the least error of yaw on people re-rendered from photos, 0.8 on synthetic heads.
 _DEPTH = 0.9
 
-# Points that no expression moves: eye corners, bridge of the nose, forehead, temples.
+# Points that expressions move little: eye corners, base and wings of the nose, forehead, temples. Not the bridge of the nose:
+# how far it stands out differs between people.
 _STABLE = np.array(
-    [33, 133, 362, 263, 168, 6, 197, 195, 5, 4, 127, 234, 356, 454, 10, 151, 9, 21, 54, 103, 67, 109, 251, 284, 332, 297, 338]
+    [33, 133, 362, 263, 2, 98, 327, 127, 234, 356, 454, 10, 151, 9, 21, 54, 103, 67, 109, 251, 284, 332, 297, 338]
 )  # fmt: skip
 
 
 def mesh_landmarks(mesh: np.ndarray) -> np.ndarray:
     """Our landmarks (66, 2) of points of the mesh (468, 2 or 3)."""
-    return _landmark_weights() @ mesh[:, :2]
+    return landmark_weights() @ mesh[:, :2]
 
 
 @functools.cache
-def _landmark_weights() -> np.ndarray:
+def landmark_weights() -> np.ndarray:
     """(66, 468) weights that turn points of the mesh into landmarks."""
     weights = np.zeros((NUM_LANDMARKS, NUM_POINTS))
     for group, points in _POINTS.items():

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from .face import FaceError
+from .photo_bytes import PhotoBytes
 
 # 200 million pixels are 600 MB as RGB: more than any camera's photo, less than a small machine's memory.
 MAX_PIXELS = 200_000_000
@@ -46,7 +47,7 @@ def photos_in(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def open_photo(source: Image.Image | str | Path) -> Photo:
+def open_photo(source: Image.Image | PhotoBytes | str | Path) -> Photo:
     """The photo as upright 8-bit RGB.
 
     Orientation from EXIF is applied, colour profiles are brought to sRGB, transparency is laid on white, 16 bits
@@ -57,9 +58,12 @@ def open_photo(source: Image.Image | str | Path) -> Photo:
         with _explained("the image given"):
             digest.update(source.tobytes())
             return Photo(_to_upright_rgb(source, "the image given"), "the image given", digest.hexdigest())
-    path = Path(source)
-    data = _read(path)
-    name = str(path)
+    if isinstance(source, PhotoBytes):
+        name, data = source.name, source.data
+        if not data:
+            raise FaceError(_empty(name))
+    else:
+        name, data = str(Path(source)), _read(Path(source))
     with _explained(name, data), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large images, which are checked below, and of odd metadata
         image = Image.open(io.BytesIO(data))
@@ -106,8 +110,12 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise FaceError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
     if not data:
-        raise FaceError(f"{path} is empty (0 bytes); copy the photo again from its source")
+        raise FaceError(_empty(path))
     return data
+
+
+def _empty(name: str | Path) -> str:
+    return f"{name} is empty (0 bytes); copy the photo again from its source"
 
 
 def _not_an_image(name: str, data: bytes) -> str:

@@ -31,9 +31,10 @@ class YuNet:
         scale = SIDE / max(pixels.shape[:2])
         size = tuple(max(1, round(side * scale)) for side in pixels.shape[1::-1])
         small = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
-        canvas = np.zeros((SIDE, SIDE, 3), np.float32)
-        canvas[: size[1], : size[0]] = np.asarray(small)[..., ::-1]  # BGR, 0 to 255
-        outputs = self._session.run(None, {"input": canvas.transpose(2, 0, 1)[None]})
+        canvas = np.zeros((1, 3, SIDE, SIDE), np.float32)
+        for plane, colour in zip(canvas[0], np.asarray(small).transpose(2, 0, 1)[::-1], strict=True):  # BGR, 0 to 255
+            plane[: size[1], : size[0]] = colour
+        outputs = self._session.run(None, {"input": canvas})
         boxes, points, scores = _decode(dict(zip(self._names, outputs, strict=True)))
         to_photo = np.array(pixels.shape[1::-1]) / size
         kept = _suppress(boxes, scores)

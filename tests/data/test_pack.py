@@ -1,8 +1,10 @@
 """omniid data pack: photos to records, bad photos to rows of a report, records of several folders to one set."""
 
+import io
 import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +104,63 @@ def test_people_with_too_few_or_too_small_photos_are_left_out(people, tmp_path):
     )
 
 
+@needs_models
+def test_photos_in_tar_files_are_those_in_folders(people, tmp_path):
+    """One tar of folders, and two as webdataset writes them, with a person in both and a photo that is cut off."""
+    settings = {"faces": f"files:{DATA}", "size": 64}
+    with tarfile.open(tmp_path / "folders.tar", "w") as tar:
+        for name in ("002", "003"):
+            tar.add(people / name, f"set/{name}")
+    for number, kind in enumerate(("neutral", "smiling")):
+        with tarfile.open(tmp_path / f"part{number}.tar", "w") as tar:
+            for key, name in (("000", "004"), ("001", "005")):
+                tar.add(people / name / f"{name}_{kind}.jpg", f"{key}{number}.jpg")
+                add(
+                    tar,
+                    f"{key}{number}.cls" if number else f"{key}{number}.json",
+                    name if number else f'{{"identity": "{name}"}}',
+                )
+            add(tar, f"bad{number}.jpg", "")
+            add(tar, f"bad{number}.cls", "004")
+    tars = [tmp_path / name for name in ("folders.tar", "part0.tar", "part1.tar")]
+    counts = pack.pack_photos(tars, tmp_path / "tars", **settings)
+    assert counts == {"people": 4, "images": 8, "left_out": 4}
+    (people / "004" / "other.jpg").unlink()
+    pack.pack_photos([people], tmp_path / "folders", **settings)
+    rows = [parquet.read_table(tmp_path / name / "train-00000.parquet").to_pylist() for name in ("tars", "folders")]
+    assert rows[0] == rows[1]
+    why = [problem["why"] for problem in problems(tmp_path / "tars")]
+    assert sum("part0.tar:bad0.jpg is empty" in text for text in why) == 1
+    assert (
+        run(tars[0], "-o", tmp_path / "ffhq", "--faces", settings["faces"], "--size", 64, "--align", "ffhq").exit_code
+        == 0
+    )
+    wide, usual = (
+        parquet.read_table(tmp_path / name / "train-00000.parquet").to_pylist()[0] for name in ("ffhq", "tars")
+    )
+    eyes = [np.diff(np.array(row["landmarks"])[:, :2, 0]).mean() for row in (wide, usual)]
+    assert 0.5 < eyes[0] / eyes[1] < 0.95  # FFHQ's frame shows more
+
+
+def add(tar: tarfile.TarFile, name: str, text: str) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(text)
+    tar.addfile(member, io.BytesIO(text.encode()))
+
+
+def test_tar_files_that_cannot_be_used_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "nobody.tar", "w") as tar:
+        add(tar, "photo.jpg", "x" * 3000)
+    assert "says whom it shows" in run(tmp_path / "nobody.tar", "-o", tmp_path / "o").stderr
+    (tmp_path / "half.tar").write_bytes((tmp_path / "nobody.tar").read_bytes()[:2000])
+    (tmp_path / "text.tar").write_text("no tar" * 200)
+    for name in ("half.tar", "text.tar"):
+        result = run(tmp_path / name, "-o", tmp_path / "o")
+        assert result.exit_code == 1
+        assert "cut off" in result.stderr or "not a plain tar file" in result.stderr
+    assert "does not exist" in run(tmp_path / "none.tar", "-o", tmp_path / "o").stderr
+
+
 def test_records_of_several_folders_are_checked_and_merged(records, tmp_path):
     second = tmp_path / "second"
     second.mkdir()
@@ -112,8 +171,10 @@ def test_records_of_several_folders_are_checked_and_merged(records, tmp_path):
     rows[2]["images"][0] = b"junk"
     parquet.write_table(table.from_pylist(rows, schema=table.schema), second / "train-00000.parquet")
     (second / "train-00001.parquet").write_bytes(b"PAR1 cut off")
-    output = tmp_path / "merged"
-    result = run(records, second, "-o", output)
+    output, nobody = tmp_path / "merged", tmp_path / "nobody"
+    nobody.mkdir()
+    (nobody / "2-of-3-curation.json").write_text("{}")  # a part of a curation in which nobody was kept
+    result = run(records, second, nobody, "-o", output)
     assert result.exit_code == 0, result.output
     facts = inspect_records(output).as_dict()
     assert facts["problems"] == []

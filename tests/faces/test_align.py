@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from omniid.faces.align import TEMPLATE, apply, similarity_to_template, warp
+from omniid.faces.align import TEMPLATE, apply, similarity_to_ffhq, similarity_to_template, warp
 
 
 def similar(points: np.ndarray, scale: float, degrees: float, shift: tuple[float, float]) -> np.ndarray:
@@ -107,3 +107,21 @@ def test_outside_the_image_is_black() -> None:
 def test_wrong_images_and_matrices_are_refused(image: np.ndarray, matrix: np.ndarray, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         warp(image, matrix, 8)
+
+
+@pytest.mark.parametrize("degrees", [0, 30, -100])
+def test_ffhq_crops_are_upright_centred_below_the_eyes_and_sized_by_eyes_or_mouth(degrees):
+    turn = np.exp(1j * np.radians(degrees))
+    upright = np.array([-30, 30, 25j, -20 + 60j, 20 + 60j]) * turn + (200 + 300j)
+    points = np.stack([upright.real, upright.imag], 1)
+    found = apply(similarity_to_ffhq(points, 256), points)
+    side = 2 * 2.0 * 60  # twice the distance of the eyes is more than 1.8 times 60, from eyes to mouth
+    middle, scale = np.array([0, 6.0]), 256 / side
+    wanted = (np.array([[-30, 0], [30, 0], [0, 25], [-20, 60], [20, 60]]) - middle) * scale + 128
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    narrow = points.copy()
+    narrow[:2] = points[:2].mean(0) + (points[:2] - points[:2].mean(0)) * 0.2  # a head in profile
+    scale = np.linalg.norm(similarity_to_ffhq(narrow, 256)[0, :2])
+    assert scale == pytest.approx(256 / (2 * 1.8 * 60))
+    with pytest.raises(ValueError, match="coincide"):
+        similarity_to_ffhq(np.zeros((5, 2)), 64)

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from omniid.data import rerender
 from omniid.data.synthetic import Person, View, render
+from omniid.data.synthetic.head_model import head_model
+from omniid.data.synthetic.rest import FRAME, NEUTRAL_PITCH, frame_points, pitch_between
 from omniid.faces import Face, FaceCrop, FaceError, analyzer
 from omniid.faces.align import TEMPLATE
 from omniid.faces.files import FILES
 from omniid.faces.full import overlap
 from omniid.faces.landmarks import landmark_group
-from omniid.faces.mediapipe_mesh import Mesh, mesh_landmarks
+from omniid.faces.mediapipe_mesh import Mesh, landmark_weights, mesh_landmarks
 
 DATA = Path(os.environ.get("OMNIID_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(
@@ -106,12 +109,34 @@ def rendered(finder) -> tuple[list, list[Face]]:
 
 
 def test_pose_is_that_of_rendered_heads(rendered):
-    """Pitch is compared with the same head's straight view: where a head holds its face at zero differs between people."""
-    known = np.array([[head.yaw, head.pitch, head.roll] for head in rendered[0]]).reshape(5, 6, 3)
-    found = np.array([face.pose for face in rendered[1]]).reshape(5, 6, 3)
-    error = found - known
-    error[..., 1] -= error[:, :1, 1]
-    assert np.all(np.abs(error).mean((0, 1)) < 3)
+    known = np.array([[head.yaw, head.pitch, head.roll] for head in rendered[0]])
+    found = np.array([face.pose for face in rendered[1]])
+    # Five people at 192 px; `omniid bench faces` measures more of them, larger.
+    assert np.all(np.abs(found - known).mean(0) < [3.5, 4.5, 3])
+
+
+@pytest.mark.skipif(not (DATA / "face_model").is_dir(), reason="no face model")
+def test_pose_is_that_of_heads_rendered_from_photos(finder, photos):
+    model = rerender.load_face_model(DATA / "face_model")
+    reader, person_mask = rerender.PhotoReader(DATA / "landmarks"), rerender.PersonMask(DATA / "landmarks")
+    errors = []
+    for photo in photos[:4:2]:
+        person = rerender.make_likeness(model, person_mask, photo.stem, [reader(photo)])
+        for yaw, pitch, roll in [(-34, 0, 0), (26, 6, -8), (-16, -12, 10), (5, 12, 0)]:
+            view = dataclasses.replace(View.sample(70, jitter=False), yaw=yaw, pitch=pitch, roll=roll)
+            view = dataclasses.replace(view, expression="neutral", distance=15.0)
+            head = rerender.render(model, person, view, 256, aligned=False)
+            errors.append(np.subtract(finder.find(Image.fromarray(head.image)).pose, (yaw, pitch, roll)))
+    assert np.all(np.abs(errors).mean(0) < 3)
+
+
+def test_zero_pitch_of_synthetic_heads_is_the_canonical_face_s():
+    canonical = (landmark_weights() @ Mesh(DATA / FILES["canonical mesh"]).vertices)[FRAME]
+    model = head_model()
+    assert pitch_between(canonical, frame_points(model, model.vertices)) == pytest.approx(NEUTRAL_PITCH, abs=0.1)
+    person = Person.sample(300)
+    direct = pitch_between(canonical, frame_points(model, person.vertices))
+    assert person.rest_pitch == pytest.approx(direct, abs=1.5)
 
 
 def test_landmarks_and_masks_are_those_of_rendered_heads(finder, rendered):

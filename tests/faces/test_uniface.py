@@ -14,7 +14,7 @@ from PIL import Image
 from omniid.data.synthetic import template_landmarks
 from omniid.faces import FaceError, analyzer
 from omniid.faces.landmarks import NUM_LANDMARKS
-from omniid.faces.mediapipe_mesh import NUM_POINTS, _landmark_weights
+from omniid.faces.mediapipe_mesh import NUM_POINTS, landmark_weights
 from omniid.faces.uniface import UnifaceAnalyzer
 
 SKIN, HAIR = 1, 17
@@ -23,8 +23,8 @@ POINTS = template_landmarks(0, 0, 0, size=200) + np.array([100, 50])
 
 def known_mesh() -> np.ndarray:
     """Points (468, 3) whose landmarks are POINTS, least squares."""
-    xy = np.linalg.lstsq(_landmark_weights(), POINTS, rcond=None)[0]
-    used = _landmark_weights().any(0)
+    xy = np.linalg.lstsq(landmark_weights(), POINTS, rcond=None)[0]
+    used = landmark_weights().any(0)
     xy[~used] = POINTS.mean(0)
     return np.column_stack([xy, np.zeros(NUM_POINTS)]).astype(np.float32)
 

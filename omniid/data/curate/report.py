@@ -68,6 +68,7 @@ def total_counts(summaries: list[dict]) -> dict:
             "people": len(people),
             "images": sum(len(person["chosen"]) for person in people),
             "yaw range, mean": _mean([person["yaw_range"] for person in people]),
+            "yaw range of all frames, mean": _mean([person["full_yaw_range"] for person in people]),
             "yaw range of random frames, mean": _mean([person["random_yaw_range"] for person in people]),
         },
         "dropped": dict(dropped.most_common()),
@@ -112,7 +113,7 @@ def _sheets(folder: Path, infix: str, summaries: list[dict]) -> list[str]:
     facts = {person["identity_id"]: person for one in summaries for person in one["people"]}
     shown: list[str] = []
     for path in sorted(folder.glob(f"*{infix}[0-9]*.parquet")):
-        with parquet.ParquetFile(path) as shard:
+        with parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as shard:
             for batch in shard.iter_batches(batch_size=1, columns=["identity_id", "images", "split"]):
                 if len(shown) == _SHOWN_PEOPLE:
                     return [*shown, f"<p>The first {_SHOWN_PEOPLE} people are shown.</p>"]
@@ -137,11 +138,11 @@ def _sheet(row: dict, person: dict | None) -> str:
 
 
 def _videos(summaries: list[dict]) -> str:
-    troubled = sorted(summaries, key=lambda one: (one["error"] is None, one["note"] is None))
+    troubled = sorted(summaries, key=lambda one: (one["error"] is None, one["note"] is None, not one["remarks"]))
     rows = []
     for one in troubled[:_SHOWN_VIDEOS]:
         text = one["error"] or f"{len(one['people'])} people, {one['frames']} frames"
-        rows.append((one["video"], f"{text}; {one['note']}" if one["note"] else text))
+        rows.append((one["video"], "; ".join([text, *([one["note"]] if one["note"] else []), *one["remarks"]])))
     more = (
         f"<p>{_SHOWN_VIDEOS} of {len(summaries)} videos, damaged ones first.</p>"
         if len(summaries) > _SHOWN_VIDEOS

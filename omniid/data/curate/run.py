@@ -19,6 +19,7 @@ from omniid.data.record_shards import HELD_OUT_SPLIT, held_out, write_shard
 from omniid.faces import analyzer
 from omniid.files import atomic_path
 
+from .annotations import read_annotations
 from .decode import SUFFIXES, Decoder, VideoError, check_packages
 from .report import write_report
 from .settings import Settings
@@ -68,24 +69,29 @@ def curate_videos(
     """Writes `<split>-NNNNN.parquet` and `report.html` into `output`; returns the summaries of the videos, in order.
 
     shard: i, n: every n-th video from the i-th on, for calls on n machines. `progress` gets each video's summary once it
-    is done, also those of an earlier call. Raises VideoError for paths that cannot be used, for an output of other
+    is done, also those of an earlier call. With annotations the clips that they name take the videos' place, and a clip is
+    held out with its video. Raises VideoError for paths that cannot be used, for an output of other
     settings, and when a worker dies.
     """
     check_packages()
     found = find_videos(videos)
-    names = list(found)[shard[0] :: shard[1]]
+    clips = {clip.name: clip for clip in read_annotations(settings.annotations)} if settings.annotations else {}
+    paths = {name: found.get(clip.video) for name, clip in clips.items()} or found
+    names = list(paths)[shard[0] :: shard[1]]
     kept_back = held_out(found, settings.held_out)
     output = Path(output)
     (output / "videos").mkdir(parents=True, exist_ok=True)
     tag = "" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}-"
-    _check_settings(output / f"{tag}curation.json", settings, {name: str(found[name]) for name in names})
+    _check_settings(output / f"{tag}curation.json", settings, {name: str(paths[name]) for name in names})
     analyzer(settings.faces)  # says what is missing before any work
     choose_topiq(settings.quality)
     jobs, summaries = [], {}
     for name in names:
         summary = _finished(output, name)
         if summary is None:
-            jobs.append((name, found[name], HELD_OUT_SPLIT if name in kept_back else "train", settings, output))
+            clip = clips.get(name)
+            split = HELD_OUT_SPLIT if (clip.video if clip else name) in kept_back else "train"
+            jobs.append((name, paths[name], split, settings, output, clip))
         else:
             summaries[name] = summary
             progress(summary)
@@ -125,9 +131,9 @@ def _own_decoder() -> Decoder:
 
 
 def _curate_one(job: tuple, decoder: Decoder | None = None) -> dict:
-    name, path, split, settings, output = job
+    name, path, split, settings, output, clip = job
     finder, topiq = analyzer(settings.faces), _topiq(settings.quality)
-    rows, summary = curate_video(path, name, split, settings, finder, decoder or _own_decoder(), topiq)
+    rows, summary = curate_video(path, name, split, settings, finder, decoder or _own_decoder(), topiq, clip)
     # The summary comes last: a video without one is done again.
     write_shard(output / "videos" / f"{name}.parquet", rows, {"video": name}, [])
     with atomic_path(output / "videos" / f"{name}.json") as temporary:

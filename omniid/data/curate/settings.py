@@ -21,6 +21,8 @@ class Settings:
     """`topiq` (pyiqa), `analyzer`, or `auto`: topiq where pyiqa is installed."""
     held_out: float = 0.05
     """Share of the videos that become the split validation."""
+    annotations: str | None = None
+    """File or folder that names clips of the videos and whose face is meant; all of the videos where None."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_images <= self.images:

@@ -1,6 +1,7 @@
 """TOPIQ-face (Chen et al., arXiv 2308.03060), the paper's measure of face quality, through pyiqa."""
 
 import importlib.util
+import warnings
 
 import numpy as np
 
@@ -8,7 +9,10 @@ from .decode import VideoError
 
 
 class Topiq:
-    """Quality of aligned crops, uint8 (H, W, 3), 0 to 1. Raises VideoError without pyiqa or its weights."""
+    """Quality of aligned crops, uint8 (H, W, 3), 0 to 1; 0 where TOPIQ finds no face to judge.
+
+    Raises VideoError without pyiqa or its weights.
+    """
 
     def __init__(self) -> None:
         try:
@@ -27,8 +31,12 @@ class Topiq:
         import torch
 
         picture = torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255
-        with torch.inference_mode():
-            return float(self._metric(picture).clamp(0, 1))
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says at every call that it aligns the face by a detector of its own
+            try:
+                return float(self._metric(picture).clamp(0, 1))
+            except AssertionError:  # that detector sees no face
+                return 0.0
 
 
 def choose_topiq(wish: str) -> Topiq | None:

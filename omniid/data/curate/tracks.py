@@ -59,11 +59,17 @@ class _Active:
 
 
 def follow_faces(
-    frames: Iterable[Frame], finder: FullAnalyzer, every: int, min_face: float, watch: Stopwatch
+    frames: Iterable[Frame],
+    finder: FullAnalyzer,
+    every: int,
+    min_face: float,
+    watch: Stopwatch,
+    box: tuple[float, float, float, float] | None = None,
 ) -> tuple[list[Track], int]:
     """Tracks of all faces, and the number of frames.
 
-    every: frames from one detection to the next; embeddings are taken there, too, of faces of min_face pixels or more.
+    every: frames from one detection to the next; embeddings are taken there, too, of faces of min_face pixels or more. box:
+    left, top, right, bottom as shares of the frame; faces whose middle lies outside are not followed.
     """
     tracks: list[Track] = []
     active: list[_Active] = []
@@ -78,6 +84,8 @@ def follow_faces(
         detects = frame.starts_scene or count % every == 0
         if detects:
             for found in finder.detect(frame.pixels):
+                if not _is_meant(found, frame, box):
+                    continue
                 if all(overlap(found.box, one.measured.box) < _SAME_FACE for one in active):
                     measured = finder.measure(frame.pixels, found)
                     new = _Active(Track(), measured) if measured is not None else None
@@ -90,6 +98,13 @@ def follow_faces(
         count += 1
         watch.frame()
     return [track for track in tracks if track.sights], count
+
+
+def _is_meant(found: DetectedFace, frame: Frame, box: tuple[float, float, float, float] | None) -> bool:
+    if box is None:
+        return True
+    middle = found.box.reshape(2, 2).mean(0) / frame.pixels.shape[1::-1]
+    return bool(np.all(middle >= box[:2]) and np.all(middle <= box[2:]))
 
 
 def _next(finder: FullAnalyzer, frame: Frame, one: _Active) -> MeasuredFace | None:

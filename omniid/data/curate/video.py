@@ -12,6 +12,7 @@ from omniid.data.record_shards import record_row
 from omniid.faces import FaceCrop
 from omniid.faces.full import FullAnalyzer
 
+from .annotations import Clip
 from .choose import clusters_by_pose, yaw_range
 from .decode import Decoder, Frame, VideoError
 from .people import VideoPerson, find_people
@@ -36,33 +37,39 @@ class _Wish:
 
 
 def curate_video(
-    path: Path,
+    path: Path | None,
     name: str,
     split: str,
     settings: Settings,
     finder: FullAnalyzer,
     decoder: Decoder,
     topiq: Topiq | None = None,
+    clip: Clip | None = None,
 ) -> tuple[list[dict], dict]:
     """Rows of identity records, one a person, and a summary as plain values.
 
-    The rows depend on the video, the settings and the backend alone. A file that is no video gives no rows and an
-    `error` in the summary.
+    clip: the part of the video, and whose face; path: None for one that is not there. The rows depend on the video, the
+    settings and the backend alone. A file that is no video gives no rows and an `error` in the summary.
     """
     start, watch, dropped = time.perf_counter(), Stopwatch(), Counter()
     summary = {"video": name, "path": str(path), "split": split, "error": None, "note": None, "people": []}
+    summary["remarks"] = []
     rows: list[dict] = []
     try:
-        shrink = min(1.0, _LOOK_FACE / settings.min_face)
-        tracks, frames = follow_faces(decoder.frames(path, shrink), finder, settings.every, settings.min_face, watch)
-        summary |= {"note": decoder.note, "frames": frames, "tracks": len(tracks)}
+        if path is None:
+            raise VideoError(f"the video {clip.video} of the clip {name} is not there; its link may be dead")
+        shrink, span = min(1.0, _LOOK_FACE / settings.min_face), clip.span if clip is not None else None
+        frames = decoder.frames(path, shrink, span=span)
+        box = clip.box if clip is not None else None
+        tracks, count = follow_faces(frames, finder, settings.every, settings.min_face, watch, box)
+        summary |= {"note": decoder.note, "remarks": decoder.remarks, "frames": count, "tracks": len(tracks)}
         summary["sights"] = sum(len(track.sights) for track in tracks)
         people = find_people(tracks, finder.same_in_video, settings.min_face, dropped)
         wishes = [wish for person in people if (wish := _wish(person, settings, dropped)) is not None]
         watch.lap("choice")
         if wishes:
             wanted = {sight.frame for wish in wishes for cluster in wish.clusters for sight in cluster}
-            for frame in decoder.frames(path, 1.0, wanted, find_cuts=False):
+            for frame in decoder.frames(path, 1.0, wanted, find_cuts=False, span=span):
                 watch.lap("decoding")
                 for wish in wishes:
                     _take(frame, wish, settings, finder, topiq)
@@ -134,6 +141,7 @@ def _facts(identity: str, person: VideoPerson, chosen: list[Sight], settings: Se
         "times": [round(sight.time, 3) for sight in chosen],
         "boxes": [[round(float(side)) for side in sight.box] for sight in chosen],
         "yaw_range": round(yaw_range([sight.pose for sight in chosen]), 2),
+        "full_yaw_range": round(yaw_range(poses), 2),
         "random_yaw_range": round(float(np.mean(draws)), 2),
         "poses": shown[:, :2].round(1).tolist(),
         "chosen_poses": [[round(float(angle), 1) for angle in sight.pose[:2]] for sight in chosen],

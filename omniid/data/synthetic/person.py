@@ -12,6 +12,7 @@ import numpy as np
 from .colour import to_linear
 from .hair import Hair, grow_hair, sample_hair_style
 from .head_model import AGES, ETHNICITIES, SEXES, HeadModel, head_model
+from .rest import resting_pitch
 from .skin import paint_skin
 from .traits import Traits
 
@@ -29,6 +30,8 @@ class Person:
     `head_model.texture_coordinates`."""
     hair: Hair | None
     """None for a shaved head."""
+    rest_pitch: float
+    """Degrees: of the face while the head is not turned (`rest.resting_pitch`)."""
 
     @classmethod
     def sample(cls, seed: int) -> "Person":
@@ -43,7 +46,7 @@ class Person:
         style = sample_hair_style(rng, traits)
         hair = grow_hair(rng, model, traits, style, vertices) if style is not None else None
         traits = dataclasses.replace(traits, hair_style=style.name if style is not None else "bald")
-        return cls(seed, traits, vertices, texture, hair)
+        return cls(seed, traits, vertices, texture, hair, resting_pitch(model, vertices))
 
 
 # How far each kind of slider strays (standard deviation; 1 is the end MakeHuman offers). Wider than nature in what a

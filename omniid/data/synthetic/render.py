@@ -32,7 +32,8 @@ class RenderedFace:
     yaw: float
     pitch: float
     roll: float
-    """Degrees as they are in the picture: alignment has taken its part of the roll away."""
+    """Degrees as the face has them in the picture: with the pitch that it has at rest, and without the part of the roll that
+    alignment has taken away."""
     caption: str
 
 
@@ -105,7 +106,7 @@ def render(person: Person, view: View, size: int = 128, aligned: bool = True) ->
         mask=block_sums(face, size)[..., 0] > SUPERSAMPLING**2 // 2,
         landmarks=align.apply(frame, landmarks).astype(np.float32),
         yaw=view.yaw,
-        pitch=view.pitch,
+        pitch=view.pitch + person.rest_pitch,
         roll=roll,
         caption=caption(person, view),
     )

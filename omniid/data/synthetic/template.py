@@ -8,6 +8,7 @@ from omniid.faces import align
 
 from .camera import frame_matrix, head_rotation, pose, project, project_landmarks
 from .head_model import head_model
+from .rest import NEUTRAL_PITCH
 from .view import EXPRESSIONS, View
 
 MAX_YAW, MAX_PITCH, MAX_ROLL = 60.0, 30.0, 45.0
@@ -24,7 +25,8 @@ def template_landmarks(yaw: float, pitch: float, roll: float, size: int, express
             raise ValueError(f"{name} is {angle} degrees, expected {-limit:g} to {limit:g}")
     if expression not in EXPRESSIONS:
         raise ValueError(f"unknown expression {expression!r}; use one of: {', '.join(EXPRESSIONS)}")
-    view = dataclasses.replace(View.sample(0, jitter=False), yaw=yaw, pitch=pitch, roll=0.0, distance=15.0)
+    view = View.sample(0, jitter=False)
+    view = dataclasses.replace(view, yaw=yaw, pitch=pitch - NEUTRAL_PITCH, roll=0.0, distance=15.0)
     model = head_model()
     head = model.vertices.copy()
     for unit, weight in EXPRESSIONS[expression].items():

@@ -47,7 +47,7 @@ class View:
     yaw: float
     pitch: float
     roll: float
-    """Degrees; sign convention in the module's docstring."""
+    """Degrees by which the head is turned from rest; sign convention in the module's docstring."""
     expression: str
     """A key of EXPRESSIONS."""
     strength: float
