@@ -2,7 +2,7 @@
 
 A texture is taken apart into the tone of the skin (a wide average over skin texels) and the detail over it. Tones are
 mixed by the weights; detail comes whole from one person in each part of the face, for an average of two textures is a
-blurred face. Coefficients of the mixed shape are stretched to the length that people have: averages are too plain.
+blurred face. The mixed shape is stretched to stand as far from the mean as people do: averages are too plain.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from .face_model import FaceModel
 from .likeness import Likeness
 from .texture import TILE, unwrap
 
-_STRETCH = 1.35  # at most
+_STRETCH = 1.8  # at most; three people alike in nothing need sqrt(3)
 _TONE_WIDTH = 48  # texels, over which the tone of skin is averaged
 _TONE_STEP = 8  # texels between places where it is known
 
@@ -48,19 +48,23 @@ class Recipe:
 def blend(model: FaceModel, people: list[Likeness], recipe: Recipe, name: str) -> Likeness:
     """The person that a recipe makes of the likenesses of its parents, in that order."""
     weights = np.array(recipe.weights, np.float32)
-    identity = np.tensordot(weights, np.array([person.identity for person in people]), 1)
-    usual = float(weights @ [np.linalg.norm(person.identity) for person in people])
-    identity *= np.clip(usual / max(float(np.linalg.norm(identity)), 1e-6), 1, _STRETCH)
     hair = people[recipe.hair]
     return Likeness(
         name=name,
-        identity=identity,
-        offsets=np.tensordot(weights, np.array([person.offsets for person in people]), 1),
+        identity=_stretched(weights, [person.identity for person in people]),
+        offsets=_stretched(weights, [person.offsets for person in people]),
         scalp=hair.scalp,
         texture=_blend_textures(model, [person.texture for person in people], weights, recipe),
         eyes=people[recipe.upper].eyes,
         curtain=hair.curtain,
     )
+
+
+def _stretched(weights: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
+    """The mean of the values, as long as they are on average."""
+    mean = np.tensordot(weights, np.array(values), 1)
+    usual = float(weights @ [np.linalg.norm(one) for one in values])
+    return mean * np.float32(np.clip(usual / max(float(np.linalg.norm(mean)), 1e-6), 1, _STRETCH))
 
 
 def _blend_textures(model: FaceModel, textures: list[np.ndarray], weights: np.ndarray, recipe: Recipe) -> np.ndarray:

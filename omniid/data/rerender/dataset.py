@@ -32,7 +32,7 @@ from .matte import PersonMask
 from .photos import PhotoReader, fingerprint, group_by_person
 from .render import render
 
-VERSION = 1
+VERSION = 2
 """Of what is made from photos and arguments: raise it when pictures change, so that kept files are made anew."""
 SHARD_SIZE = 50
 """Identities in a file."""
@@ -50,7 +50,7 @@ class Wish:
     images: int = 12
     size: int = 256
     seed: int = 0
-    yaw_range: float = 45.0
+    yaw_range: float = 36.0
     blend: int = 0
     """Identities to make of two or three people."""
     hold_out: tuple[str, ...] = ()

@@ -3,7 +3,8 @@
 Landmarks (x, y down, pixels) of photo k are seen through a weak perspective, `x = s_k (R_k p)_xy + t_k`. Camera and
 coefficients are solved in turn, each by linear least squares; coefficients carry ridge penalties, which are the model's
 N(0, 1) for identity and a prior for each expression unit. What the model cannot follow is then spread as a smooth offset
-over the face, so that eyes and lips stand exactly where the photo has them.
+over the face, so that eyes and lips stand exactly where the photo has them; a photo from the front hardly tells how far
+nose, brow and chin stand out, so there the offset takes the landmarks' own depth.
 """
 
 import dataclasses
@@ -53,9 +54,9 @@ class PersonFit:
 
 
 def fit_person(model: FaceModel, points: list[np.ndarray]) -> PersonFit:
-    """The fit to MediaPipe landmarks (468 or 478, 2 or more) in pixels, one array for each photo of the person.
+    """The fit to MediaPipe landmarks (468 or 478, 2 or 3) in pixels, one array for each photo of the person.
 
-    Raises RerenderError for arrays of another kind and landmarks that no head explains.
+    A third column is depth, growing away from the camera, in pixels too; its mean and tilt do not matter. Raises RerenderError for arrays of another kind and landmarks that no head explains.
     """
     if not points:
         raise RerenderError("no photo of the person has landmarks")
@@ -92,7 +93,7 @@ def fit_person(model: FaceModel, points: list[np.ndarray]) -> PersonFit:
     heads = [neutral + np.tensordot(identity, basis, 1) + np.tensordot(e, moves, 1) for e in expression]
     cameras = [_camera(head, target, weights) for head, target in zip(heads, targets, strict=True)]
     errors, residuals = [], []
-    for head, camera, target in zip(heads, cameras, targets, strict=True):
+    for head, camera, target, array in zip(heads, cameras, targets, points, strict=True):
         miss = target - camera.project(head)[:, :2]
         error = float(np.sqrt(np.square(miss[weights == 1]).sum(1).mean()))
         if not error < 0.12 * camera.scale:
@@ -100,7 +101,8 @@ def fit_person(model: FaceModel, points: list[np.ndarray]) -> PersonFit:
                 f"the landmarks of a photo fit no head (off by {error:.0f} pixels); leave the photo out or check its landmarks"
             )
         errors.append(error)
-        residuals.append(_without_slips(miss, target, weights) / camera.scale * [1, -1] @ camera.rotation[:2])
+        flat = _without_slips(miss, target, weights) / camera.scale * [1, -1]
+        residuals.append(np.column_stack([flat, _depth_miss(model, camera, head, array)]) @ camera.rotation)
     # The calmest photo says most about the face at rest, and what little expression it has is taken for the face's own.
     calmness = np.exp(-4 * (expression.sum(1) - expression.sum(1).min()))
     mean = np.tensordot(calmness / calmness.sum(), np.array(residuals), 1)
@@ -159,6 +161,22 @@ def _without_slips(miss: np.ndarray, targets: np.ndarray, weights: np.ndarray) -
     away /= np.linalg.norm(away, axis=1, keepdims=True)
     across = (miss * away).sum(1, keepdims=True) * away
     return np.where((weights == 1)[:, None], miss, across)
+
+
+def _depth_miss(model: FaceModel, camera: Camera, head: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(P,) decimetres that paired vertices (P, 3) lack towards the camera, by the depth of landmarks; 0 without depth.
+
+    Tilted planes are left out: a tilt is the camera's, and its rotation follows from x and y.
+    """
+    if points.shape[1] < 3:
+        return np.zeros(len(head))
+    weights = model.paired_weights.astype(np.float64)
+    seen = camera.project(head)
+    miss = -points[model.paired_points, 2] / camera.scale - seen[:, 2]
+    plane = np.column_stack([np.ones(len(head)), (seen[:, :2] - camera.shift) / camera.scale])
+    root = np.sqrt(weights)
+    tilt = np.linalg.lstsq(plane * root[:, None], miss * root, rcond=None)[0]
+    return (miss - plane @ tilt) * weights
 
 
 def _spread(model: FaceModel, residuals: np.ndarray) -> np.ndarray:
