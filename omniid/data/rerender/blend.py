@@ -77,7 +77,9 @@ def _blend_textures(model: FaceModel, textures: list[np.ndarray], weights: np.nd
     hair = recipe.hair
     mixed, skin = logs[hair].copy(), textures[hair][..., 3].astype(np.float32) / 255
     own_skin = skin[..., None]
-    mixed += (tone - tones[hair]) * own_skin
+    shift = (tone - tones[hair]) * own_skin
+    # Cropped hair on dark skin passes for skin: it may grow darker with the skin, but not pale.
+    mixed += np.minimum(shift, 0) + np.maximum(shift, 0) * (1 - parts[..., 2:])
     for part, donor in enumerate((recipe.upper, recipe.lower)):
         if donor == hair:
             continue
@@ -125,7 +127,7 @@ def _blur(values: np.ndarray, sigma: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def part_shares(model: FaceModel) -> np.ndarray:
-    """(TILE, 2 TILE, 2) float32 in [0, 1]: upper face (eyes, brows) and lower face (nose, mouth, chin) with soft edges."""
+    """(TILE, 2 TILE, 3) float32 in [0, 1]: upper face (eyes, brows), lower face (nose, mouth, chin) and scalp, soft edges."""
     grid = unwrap(model)
     x, y, z = grid.spread(model.neutral).T
     inner = smoothstep(0.72, 0.52, np.abs(x)) * smoothstep(0.75, 1.0, z)
@@ -133,6 +135,8 @@ def part_shares(model: FaceModel) -> np.ndarray:
     bridge = smoothstep(0.20, 0.10, np.abs(x)) * smoothstep(7.32, 7.2, y)
     upper = split * (1 - bridge) * smoothstep(7.95, 7.7, y)
     lower = np.maximum(1 - split, bridge) * smoothstep(6.15, 6.3, y + 0.33 * (z - 1.2))
-    shares = np.zeros((TILE * 2 * TILE, 2), np.float32)
-    shares[grid.texels] = np.stack([upper * inner, lower * inner], axis=1)
-    return shares.reshape(TILE, 2 * TILE, 2)
+    sides = smoothstep(0.60, 0.70, np.abs(x)) * smoothstep(7.30, 7.50, y)
+    scalp = np.maximum(smoothstep(7.75, 8.0, y), np.maximum(sides, smoothstep(0.3, 0.0, z) * smoothstep(6.6, 6.9, y)))
+    shares = np.zeros((TILE * 2 * TILE, 3), np.float32)
+    shares[grid.texels] = np.stack([upper * inner, lower * inner, scalp], axis=1)
+    return shares.reshape(TILE, 2 * TILE, 3)

@@ -20,6 +20,8 @@ _EXPRESSION_PRIOR = 0.25  # standard deviation of an expression's weight
 _OWN_EXPRESSION = 0.35  # below which the calmest photo's expression counts as the shape of a face at rest
 _OFFSET_WIDTH = 0.18  # decimetres, over which an offset fades
 _LARGEST_OFFSET = 0.08  # decimetres
+_LIP_GAP = [13, 14]  # MediaPipe's middle of the upper and of the lower lip, on the inner side
+_LIP_UNITS = ("mouthUpperUp_L", "mouthUpperUp_R", "mouthLowerDown_L", "mouthLowerDown_R")
 _FITTED_UNITS = ("mouth", "jaw", "brow", "eyeBlink", "eyeWide", "eyeSquint")
 
 
@@ -56,7 +58,9 @@ class PersonFit:
 def fit_person(model: FaceModel, points: list[np.ndarray]) -> PersonFit:
     """The fit to MediaPipe landmarks (468 or 478, 2 or 3) in pixels, one array for each photo of the person.
 
-    A third column is depth, growing away from the camera, in pixels too; its mean and tilt do not matter. Raises RerenderError for arrays of another kind and landmarks that no head explains.
+    A third column is depth, growing away from the camera, in pixels too; its mean and tilt do not matter.
+
+    Raises RerenderError for arrays of another kind and landmarks that no head explains.
     """
     if not points:
         raise RerenderError("no photo of the person has landmarks")
@@ -103,12 +107,15 @@ def fit_person(model: FaceModel, points: list[np.ndarray]) -> PersonFit:
         errors.append(error)
         flat = _without_slips(miss, target, weights) / camera.scale * [1, -1]
         residuals.append(np.column_stack([flat, _depth_miss(model, camera, head, array)]) @ camera.rotation)
+    calmest = int(expression.sum(1).argmin())
     # The calmest photo says most about the face at rest, and what little expression it has is taken for the face's own.
     calmness = np.exp(-4 * (expression.sum(1) - expression.sum(1).min()))
     mean = np.tensordot(calmness / calmness.sum(), np.array(residuals), 1)
-    calm = expression[expression.sum(1).argmin()]
+    calm = expression[calmest]
     own = np.where(calm < _OWN_EXPRESSION, calm, 0)
     offsets = _spread(model, mean) + np.tensordot(np.float32(own), model.expression[units], 1)
+    gap = float(np.ptp(points[calmest][_LIP_GAP, 1])) / cameras[calmest].scale
+    offsets += _lips_together(model, model.shape(identity, offsets), gap)
     return PersonFit(
         identity=identity,
         offsets=offsets,
@@ -161,6 +168,17 @@ def _without_slips(miss: np.ndarray, targets: np.ndarray, weights: np.ndarray) -
     away /= np.linalg.norm(away, axis=1, keepdims=True)
     across = (miss * away).sum(1, keepdims=True) * away
     return np.where((weights == 1)[:, None], miss, across)
+
+
+def _lips_together(model: FaceModel, head: np.ndarray, gap: float) -> np.ndarray:
+    """(V, 3) float32 decimetres that close the lips of a head (V, 3) to the photo's gap: else teeth shine through."""
+    upper, lower = (model.paired_vertices[np.flatnonzero(model.paired_points == point)[0]] for point in _LIP_GAP)
+    parting = sum(model.expression[model.expression_names.index(unit)] for unit in _LIP_UNITS)
+
+    def height(points: np.ndarray) -> float:
+        return float(points[upper, 1] - points[lower, 1])
+
+    return -parting * np.float32(max(0.0, height(head) - height(model.neutral) - gap) / height(parting))
 
 
 def _depth_miss(model: FaceModel, camera: Camera, head: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -137,7 +137,7 @@ class _Look:
         free = (30 - seen[:, 2]) < self.depths[cell[:, 1], cell[:, 0]] + 0.04
         inside = ((seen[:, :2] > 1) & (seen[:, :2] < self.size - 1)).all(1)
         facing = normals[:, 2] / np.maximum(np.linalg.norm(normals, axis=1), 1e-6)
-        trust = smoothstep(0.08, 0.32, facing) * smoothstep(0.7, 0.98, values[:, 3]) * (free & inside)
+        trust = smoothstep(0.12, 0.42, facing) * smoothstep(0.7, 0.98, values[:, 3]) * (free & inside)
         return _Shown(to_linear(values[:, :3]), trust.astype(np.float32))
 
 
