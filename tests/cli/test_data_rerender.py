@@ -27,7 +27,9 @@ def rerender(photos: object, folder: Path, *more: object):
 def test_photos_without_stored_landmarks_become_records_with_credit(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    os.symlink(DATA / "casual" / "lisa1.jpg", photos / "lisa_1.jpg")  # no landmarks478.npz beside it: the net finds them
+    os.symlink(
+        DATA / "casual" / "lisa1.jpg", photos / "lisa_1.jpg"
+    )  # no landmarks478.npz beside it: the net finds them
     result = rerender(photos, tmp_path / "people", "--size", 64, "--workers", 1, "--attribution", CREDIT, "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
