@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--people", type=int, default=58)
     parser.add_argument("--views", type=int, default=6)
-    parser.add_argument("--yaw-range", type=float, default=45.0)
+    parser.add_argument("--yaw-range", type=float, default=36.0)
     parser.add_argument("--blends", type=int, default=20)
     arguments = parser.parse_args()
     model = load_face_model(arguments.data / "face_model")

@@ -26,7 +26,7 @@ import click
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="The same seed, the same records."
 )
 @click.option(
-    "--yaw-range", default=45.0, show_default=True, type=click.FloatRange(0, 90), help="Largest turn, degrees."
+    "--yaw-range", default=36.0, show_default=True, type=click.FloatRange(0, 90), help="Largest turn, degrees."
 )
 @click.option("--hold-out", default="", help="People (001,014,...) who, with blends of them, go only to another split.")
 @click.option("--hold-out-blend", default=0, show_default=True, type=click.IntRange(min=0), help="Blends of those.")

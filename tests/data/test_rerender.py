@@ -8,9 +8,10 @@ import pyarrow.parquet
 import pytest
 
 from omniid.data.rerender import RerenderError, Wish, load_face_model, write_rerendered
-from omniid.data.rerender.dataset import draw_recipes
+from omniid.data.rerender.dataset import draw_recipes, plan_identities
 from omniid.data.rerender.fit import Camera, fit_person
 from omniid.data.rerender.matte import fill
+from omniid.data.synthetic import CAPTION_WORDS
 
 DATA = Path(os.environ.get("OMNIID_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_model = pytest.mark.skipif(
@@ -50,6 +51,25 @@ def test_the_fit_finds_a_head_made_by_the_model(yaw: float) -> None:
 
 
 @needs_model
+def test_depth_of_landmarks_moves_what_a_front_view_cannot_tell() -> None:
+    model = load_face_model(DATA / "face_model")
+    camera = Camera(np.eye(3), 250.0, np.array([300.0, 2100.0]))
+    seen = camera.project(model.neutral[model.paired_vertices])
+    points = np.zeros((478, 3))
+    points[model.paired_points] = seen * [1, 1, -camera.scale]
+    nose = int(model.paired_vertices[list(model.paired_points).index(4)])
+    tips = []
+    for longer in (0.0, 0.05):
+        changed = points.copy()
+        changed[4, 2] -= longer * camera.scale  # towards the camera
+        fit = fit_person(model, [changed])
+        tips.append(model.shape(fit.identity, fit.offsets)[nose, 2])
+    assert 0.01 < tips[1] - tips[0] < 0.05
+    flat = fit_person(model, [points[:, :2]])
+    np.testing.assert_allclose(flat.identity, fit.identity)  # x and y alone say where the camera is and who it may be
+
+
+@needs_model
 def test_landmarks_of_no_head_are_refused() -> None:
     model = load_face_model(DATA / "face_model")
     with pytest.raises(RerenderError, match="fit no head"):
@@ -83,6 +103,8 @@ def test_held_out_people_stay_apart_and_a_killed_run_ends_the_same(tmp_path: Pat
     assert all("002" not in name.split("-")[-1].split("+") for name in train["identity_id"].to_pylist())
     assert validation["identity_id"].to_pylist()[0].endswith("-002")
     assert "somebody" in validation["source"].to_pylist()[0]
+    captions = [text for table in (train, validation) for row in table["captions"].to_pylist() for text in row]
+    assert {word for text in captions for word in text.replace(",", "").split()} <= set(CAPTION_WORDS)
     with pytest.raises(RerenderError, match="other records"):
         write_rerendered(tmp_path / "whole", [folder], wish(seed=1))
 
@@ -95,6 +117,19 @@ def test_recipes_differ_and_do_not_depend_on_how_many_are_asked_for() -> None:
     assert all(sum(recipe.weights) == pytest.approx(1) and len(recipe.parents) in (2, 3) for recipe in recipes)
     with pytest.raises(RerenderError, match="ask for fewer"):
         draw_recipes(names[:2], 50, np.random.default_rng(0))
+
+
+def test_no_blend_contains_a_held_out_person_and_none_of_the_others_is_held_out() -> None:
+    made = {f"{k:03d}": Path("unused") for k in range(58)}
+    held = tuple(list(made)[::7])
+    plans = plan_identities(wish(blend=1950, hold_out=held, hold_out_blend=56), made)
+    assert {split: len(plan) for split, plan in plans.items()} == {
+        "train": 58 - len(held) + 1950,
+        "validation": len(held) + 56,
+    }
+    parents = {split: {name for _, recipe in plan for name in recipe.parents} for split, plan in plans.items()}
+    assert parents["validation"] == set(held)
+    assert parents["train"] == set(made) - set(held)
 
 
 def test_missing_models_and_odd_wishes_are_told(tmp_path: Path) -> None:

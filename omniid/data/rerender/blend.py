@@ -2,7 +2,7 @@
 
 A texture is taken apart into the tone of the skin (a wide average over skin texels) and the detail over it. Tones are
 mixed by the weights; detail comes whole from one person in each part of the face, for an average of two textures is a
-blurred face. Coefficients of the mixed shape are stretched to the length that people have: averages are too plain.
+blurred face. The mixed shape is stretched to stand as far from the mean as people do: averages are too plain.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from .face_model import FaceModel
 from .likeness import Likeness
 from .texture import TILE, unwrap
 
-_STRETCH = 1.35  # at most
+_STRETCH = 1.8  # at most; three people alike in nothing need sqrt(3)
 _TONE_WIDTH = 48  # texels, over which the tone of skin is averaged
 _TONE_STEP = 8  # texels between places where it is known
 
@@ -48,19 +48,23 @@ class Recipe:
 def blend(model: FaceModel, people: list[Likeness], recipe: Recipe, name: str) -> Likeness:
     """The person that a recipe makes of the likenesses of its parents, in that order."""
     weights = np.array(recipe.weights, np.float32)
-    identity = np.tensordot(weights, np.array([person.identity for person in people]), 1)
-    usual = float(weights @ [np.linalg.norm(person.identity) for person in people])
-    identity *= np.clip(usual / max(float(np.linalg.norm(identity)), 1e-6), 1, _STRETCH)
     hair = people[recipe.hair]
     return Likeness(
         name=name,
-        identity=identity,
-        offsets=np.tensordot(weights, np.array([person.offsets for person in people]), 1),
+        identity=_stretched(weights, [person.identity for person in people]),
+        offsets=_stretched(weights, [person.offsets for person in people]),
         scalp=hair.scalp,
         texture=_blend_textures(model, [person.texture for person in people], weights, recipe),
         eyes=people[recipe.upper].eyes,
         curtain=hair.curtain,
     )
+
+
+def _stretched(weights: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
+    """The mean of the values, as long as they are on average."""
+    mean = np.tensordot(weights, np.array(values), 1)
+    usual = float(weights @ [np.linalg.norm(one) for one in values])
+    return mean * np.float32(np.clip(usual / max(float(np.linalg.norm(mean)), 1e-6), 1, _STRETCH))
 
 
 def _blend_textures(model: FaceModel, textures: list[np.ndarray], weights: np.ndarray, recipe: Recipe) -> np.ndarray:
@@ -73,7 +77,9 @@ def _blend_textures(model: FaceModel, textures: list[np.ndarray], weights: np.nd
     hair = recipe.hair
     mixed, skin = logs[hair].copy(), textures[hair][..., 3].astype(np.float32) / 255
     own_skin = skin[..., None]
-    mixed += (tone - tones[hair]) * own_skin
+    shift = (tone - tones[hair]) * own_skin
+    # Cropped hair on dark skin passes for skin: it may grow darker with the skin, but not pale.
+    mixed += np.minimum(shift, 0) + np.maximum(shift, 0) * (1 - parts[..., 2:])
     for part, donor in enumerate((recipe.upper, recipe.lower)):
         if donor == hair:
             continue
@@ -121,7 +127,7 @@ def _blur(values: np.ndarray, sigma: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def part_shares(model: FaceModel) -> np.ndarray:
-    """(TILE, 2 TILE, 2) float32 in [0, 1]: upper face (eyes, brows) and lower face (nose, mouth, chin) with soft edges."""
+    """(TILE, 2 TILE, 3) float32 in [0, 1]: upper face (eyes, brows), lower face (nose, mouth, chin) and scalp, soft edges."""
     grid = unwrap(model)
     x, y, z = grid.spread(model.neutral).T
     inner = smoothstep(0.72, 0.52, np.abs(x)) * smoothstep(0.75, 1.0, z)
@@ -129,6 +135,8 @@ def part_shares(model: FaceModel) -> np.ndarray:
     bridge = smoothstep(0.20, 0.10, np.abs(x)) * smoothstep(7.32, 7.2, y)
     upper = split * (1 - bridge) * smoothstep(7.95, 7.7, y)
     lower = np.maximum(1 - split, bridge) * smoothstep(6.15, 6.3, y + 0.33 * (z - 1.2))
-    shares = np.zeros((TILE * 2 * TILE, 2), np.float32)
-    shares[grid.texels] = np.stack([upper * inner, lower * inner], axis=1)
-    return shares.reshape(TILE, 2 * TILE, 2)
+    sides = smoothstep(0.60, 0.70, np.abs(x)) * smoothstep(7.30, 7.50, y)
+    scalp = np.maximum(smoothstep(7.75, 8.0, y), np.maximum(sides, smoothstep(0.3, 0.0, z) * smoothstep(6.6, 6.9, y)))
+    shares = np.zeros((TILE * 2 * TILE, 3), np.float32)
+    shares[grid.texels] = np.stack([upper * inner, lower * inner, scalp], axis=1)
+    return shares.reshape(TILE, 2 * TILE, 3)

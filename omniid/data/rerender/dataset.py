@@ -32,7 +32,7 @@ from .matte import PersonMask
 from .photos import PhotoReader, fingerprint, group_by_person
 from .render import render
 
-VERSION = 1
+VERSION = 2
 """Of what is made from photos and arguments: raise it when pictures change, so that kept files are made anew."""
 SHARD_SIZE = 50
 """Identities in a file."""
@@ -50,7 +50,7 @@ class Wish:
     images: int = 12
     size: int = 256
     seed: int = 0
-    yaw_range: float = 45.0
+    yaw_range: float = 36.0
     blend: int = 0
     """Identities to make of two or three people."""
     hold_out: tuple[str, ...] = ()
@@ -123,9 +123,9 @@ def write_rerendered(
         if not made:
             raise RerenderError(f"no person could be made from the photos: {'; '.join(skipped[:3])}")
         files, counts = [], {}
-        total = sum(len(plan) for plan in _plans(wish, made).values())
+        total = sum(len(plan) for plan in plan_identities(wish, made).values())
         done = 0
-        for split, plan in _plans(wish, made).items():
+        for split, plan in plan_identities(wish, made).items():
             counts[split] = len(plan)
             for shard, start in enumerate(range(0, len(plan), SHARD_SIZE)):
                 part = plan[start : start + SHARD_SIZE]
@@ -201,7 +201,7 @@ def _prepare(job: tuple[Wish, str, list[Path], Path]) -> tuple[str, Path | None,
     return name, file, reasons
 
 
-def _plans(wish: Wish, made: dict[str, Path]) -> dict[str, list[tuple[int, Recipe]]]:
+def plan_identities(wish: Wish, made: dict[str, Path]) -> dict[str, list[tuple[int, Recipe]]]:
     """By split, the number and recipe of every identity: people as they are, then blends."""
     held = [name for name in made if name in wish.hold_out]
     kept = [name for name in made if name not in wish.hold_out]

@@ -160,7 +160,7 @@ def _build(arrays: dict[str, np.ndarray], multi_pie: np.ndarray, pairs: dict[str
     uv = arrays["uv"].astype(np.float32)[arrays["tri_uv"][kept]]
     # Small islands beside the back of the head in the texture: the lining of the mouth and of the eye sockets.
     back = arrays["tri_material"][kept] == names.index("M_BackHead")
-    materials[back & (uv[..., 1].min(1) > 0.70) & (uv[..., 0].max(1) < 1.25)] = MOUTH
+    materials[back & (uv[..., 1].min(1) > 0.70) & (uv[..., 0].max(1) < 1.244)] = MOUTH
     materials[back & (uv[..., 1].min(1) > 0.83) & (uv[..., 0].min(1) > 1.70)] = SOCKET
     uv[..., 1] = 1 - uv[..., 1]
     uv[(materials == EYE) | (materials == TEETH) | (materials == GUMS)] = 0

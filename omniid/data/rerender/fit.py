@@ -3,7 +3,8 @@
 Landmarks (x, y down, pixels) of photo k are seen through a weak perspective, `x = s_k (R_k p)_xy + t_k`. Camera and
 coefficients are solved in turn, each by linear least squares; coefficients carry ridge penalties, which are the model's
 N(0, 1) for identity and a prior for each expression unit. What the model cannot follow is then spread as a smooth offset
-over the face, so that eyes and lips stand exactly where the photo has them.
+over the face, so that eyes and lips stand exactly where the photo has them; a photo from the front hardly tells how far
+nose, brow and chin stand out, so there the offset takes the landmarks' own depth.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ _EXPRESSION_PRIOR = 0.25  # standard deviation of an expression's weight
 _OWN_EXPRESSION = 0.35  # below which the calmest photo's expression counts as the shape of a face at rest
 _OFFSET_WIDTH = 0.18  # decimetres, over which an offset fades
 _LARGEST_OFFSET = 0.08  # decimetres
+_LIP_GAP = [13, 14]  # MediaPipe's middle of the upper and of the lower lip, on the inner side
+_LIP_UNITS = ("mouthUpperUp_L", "mouthUpperUp_R", "mouthLowerDown_L", "mouthLowerDown_R")
 _FITTED_UNITS = ("mouth", "jaw", "brow", "eyeBlink", "eyeWide", "eyeSquint")
 
 
@@ -53,7 +56,9 @@ class PersonFit:
 
 
 def fit_person(model: FaceModel, points: list[np.ndarray]) -> PersonFit:
-    """The fit to MediaPipe landmarks (468 or 478, 2 or more) in pixels, one array for each photo of the person.
+    """The fit to MediaPipe landmarks (468 or 478, 2 or 3) in pixels, one array for each photo of the person.
+
+    A third column is depth, growing away from the camera, in pixels too; its mean and tilt do not matter.
 
     Raises RerenderError for arrays of another kind and landmarks that no head explains.
     """
@@ -92,7 +97,7 @@ def fit_person(model: FaceModel, points: list[np.ndarray]) -> PersonFit:
     heads = [neutral + np.tensordot(identity, basis, 1) + np.tensordot(e, moves, 1) for e in expression]
     cameras = [_camera(head, target, weights) for head, target in zip(heads, targets, strict=True)]
     errors, residuals = [], []
-    for head, camera, target in zip(heads, cameras, targets, strict=True):
+    for head, camera, target, array in zip(heads, cameras, targets, points, strict=True):
         miss = target - camera.project(head)[:, :2]
         error = float(np.sqrt(np.square(miss[weights == 1]).sum(1).mean()))
         if not error < 0.12 * camera.scale:
@@ -100,13 +105,17 @@ def fit_person(model: FaceModel, points: list[np.ndarray]) -> PersonFit:
                 f"the landmarks of a photo fit no head (off by {error:.0f} pixels); leave the photo out or check its landmarks"
             )
         errors.append(error)
-        residuals.append(_without_slips(miss, target, weights) / camera.scale * [1, -1] @ camera.rotation[:2])
+        flat = _without_slips(miss, target, weights) / camera.scale * [1, -1]
+        residuals.append(np.column_stack([flat, _depth_miss(model, camera, head, array)]) @ camera.rotation)
+    calmest = int(expression.sum(1).argmin())
     # The calmest photo says most about the face at rest, and what little expression it has is taken for the face's own.
     calmness = np.exp(-4 * (expression.sum(1) - expression.sum(1).min()))
     mean = np.tensordot(calmness / calmness.sum(), np.array(residuals), 1)
-    calm = expression[expression.sum(1).argmin()]
+    calm = expression[calmest]
     own = np.where(calm < _OWN_EXPRESSION, calm, 0)
     offsets = _spread(model, mean) + np.tensordot(np.float32(own), model.expression[units], 1)
+    gap = float(np.ptp(points[calmest][_LIP_GAP, 1])) / cameras[calmest].scale
+    offsets += _lips_together(model, model.shape(identity, offsets), gap)
     return PersonFit(
         identity=identity,
         offsets=offsets,
@@ -159,6 +168,33 @@ def _without_slips(miss: np.ndarray, targets: np.ndarray, weights: np.ndarray) -
     away /= np.linalg.norm(away, axis=1, keepdims=True)
     across = (miss * away).sum(1, keepdims=True) * away
     return np.where((weights == 1)[:, None], miss, across)
+
+
+def _lips_together(model: FaceModel, head: np.ndarray, gap: float) -> np.ndarray:
+    """(V, 3) float32 decimetres that close the lips of a head (V, 3) to the photo's gap: else teeth shine through."""
+    upper, lower = (model.paired_vertices[np.flatnonzero(model.paired_points == point)[0]] for point in _LIP_GAP)
+    parting = sum(model.expression[model.expression_names.index(unit)] for unit in _LIP_UNITS)
+
+    def height(points: np.ndarray) -> float:
+        return float(points[upper, 1] - points[lower, 1])
+
+    return -parting * np.float32(max(0.0, height(head) - height(model.neutral) - gap) / height(parting))
+
+
+def _depth_miss(model: FaceModel, camera: Camera, head: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(P,) decimetres that paired vertices (P, 3) lack towards the camera, by the depth of landmarks; 0 without depth.
+
+    Tilted planes are left out: a tilt is the camera's, and its rotation follows from x and y.
+    """
+    if points.shape[1] < 3:
+        return np.zeros(len(head))
+    weights = model.paired_weights.astype(np.float64)
+    seen = camera.project(head)
+    miss = -points[model.paired_points, 2] / camera.scale - seen[:, 2]
+    plane = np.column_stack([np.ones(len(head)), (seen[:, :2] - camera.shift) / camera.scale])
+    root = np.sqrt(weights)
+    tilt = np.linalg.lstsq(plane * root[:, None], miss * root, rcond=None)[0]
+    return (miss - plane @ tilt) * weights
 
 
 def _spread(model: FaceModel, residuals: np.ndarray) -> np.ndarray:

@@ -30,7 +30,8 @@ from .likeness import Likeness
 from .texture import TILE, Unwrap, unwrap
 
 _EXPOSURE = 0.85  # textures hold what the photo's light, about 1, made of the skin
-_WRAP = np.array([0.60, 0.50, 0.45], dtype=np.float32)
+# Soft: textures keep some of the photo's own shading and highlights, to which this light adds.
+_WRAP = np.array([0.80, 0.70, 0.65], dtype=np.float32)
 _INSIDES = {  # linear albedo, share of the surroundings that it sees
     MOUTH: ((0.10, 0.02, 0.02), 0.30),
     SOCKET: ((0.08, 0.03, 0.03), 0.30),
@@ -126,7 +127,7 @@ def _shade(
     shut = UNITS[view.expression].get("eyeBlink_L", 0) * view.strength
     if shut > 0:
         _shut_lids(model, person, places, materials, albedo, shut)
-    gloss = np.where(materials == SKIN, 0.03 + 0.03 * skin, 0.05).astype(np.float32)
+    gloss = np.where(materials == SKIN, 0.012 + 0.012 * skin, 0.05).astype(np.float32)
     sharpness, occlusion = np.full(len(values), 18, dtype=np.float32), np.ones(len(values), dtype=np.float32)
     for material, (colour, share) in _INSIDES.items():
         at = np.flatnonzero(materials == material)
