@@ -33,24 +33,15 @@ import click
 def evaluate(weights: str, real_folder: str | None, num_pairs: int | None, samples: int, as_json: bool) -> None:
     """Score weights on people no training saw, e.g. omniid evaluate --real photos/."""
     if num_pairs is not None:
-        from omniid.evaluate.regions import region_scores
+        from omniid.evaluate import regions
 
-        scores = region_scores(weights, num_pairs, samples, say=lambda text: click.echo(text, err=True))
-        click.echo(json.dumps(scores) if as_json else regions_line(scores))
+        scores = regions.region_scores(weights, num_pairs, samples, say=lambda text: click.echo(text, err=True))
+        click.echo(json.dumps(scores) if as_json else regions.table(scores))
         return
     from omniid.evaluate.run import evaluate as run
 
     scores = run(weights, real_folder, say=lambda text: click.echo(text, err=True))
     click.echo(json.dumps(scores, indent=1) if as_json else table(scores))
-
-
-def regions_line(scores: dict) -> str:
-    """The scores of `--regions` for the terminal."""
-    return (
-        f"faces nearer to the person of their region than to the other: {scores['right_halves']:.3f}; both of a picture: "
-        f"{scores['right_pairs']:.3f}; of people drawn alone: {scores['right_alone']:.3f} "
-        f"({scores['num_pairs']} pairs, {scores['num_samples']} pictures each)"
-    )
 
 
 def table(scores: dict) -> str:

@@ -349,6 +349,10 @@ def test_small_pictures_are_said_to_have_no_watermark(drawing_weights, tmp_path)
         (("--precision", "fp8"), "needs an NVIDIA GPU of compute capability 8.9 or newer, and this runs on cpu"),
         (("--precision", "nf4"), "needs a CUDA GPU and bitsandbytes, and this runs on cpu"),
         (("--offload", "model"), "moves weights to a GPU and back, and this runs on cpu"),
+        (
+            ("--compile", "max-autotune"),
+            "--compile max-autotune records CUDA graphs, and this runs on cpu; use default",
+        ),
         (("--lora", "none.safetensors"), "the LoRA none.safetensors does not exist"),
         (("--image", "none.png"), "the photo none.png does not exist"),
         (("--from", "none.png"), "the picture none.png does not exist"),
@@ -364,8 +368,43 @@ def test_what_this_machine_or_folder_lacks_is_one_sentence(drawing_weights, iden
     assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "out.png").exists()
 
 
-def test_bf16_runs_on_a_cpu_too(draw):
-    assert draw("--precision", "bf16")[1]["precision"] == "bf16"
+def test_bf16_runs_on_a_cpu_too_and_is_repeated(draw, identity, tmp_path):
+    first, details = draw("--precision", "bf16")
+    assert details["precision"] == "bf16"
+    again = ("--from", tmp_path / "drawn.png", "--id", identity, "-o", tmp_path / "again.png")
+    assert run(*again).exit_code == 0 and (drawn(tmp_path / "again.png") == first).all()
+    assert run(*again, "--precision", "fp32").exit_code == 0
+    assert read_details(tmp_path / "again.png")["precision"] == "fp32"
+
+
+def test_large_pictures_are_decoded_in_tiles(draw):
+    options = ("--size", "1024x32", "--steps", 1)  # a tile has 512 pixels
+    whole, _ = draw(*options)
+    tiled, details = draw(*options, "--tiling")
+    assert details["tiling"] is True and 0 < np.abs(whole - tiled).max() and np.abs(whole - tiled).mean() < 8
+
+
+@pytest.mark.slow
+def test_a_compiled_base_draws_the_same(draw):
+    plain, _ = draw()
+    compiled, details = draw("--compile", "default")
+    assert details["compiled"] == "default" and np.abs(compiled - plain).max() <= 1
+    torch.compiler.reset()
+
+
+def test_memory_that_ends_is_one_sentence(drawing_weights, tmp_path, monkeypatch):
+    from diffusers import FluxTransformer2DModel
+
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", fail)
+    result = run("--preset", drawing_weights, "--prompt", "photo", "--num-images", 2, "-o", tmp_path / "out.png")
+    assert result.exit_code == 1 and not list(tmp_path.iterdir())
+    assert result.stderr == (
+        "Error: this machine has too little free memory for drawing; try fewer --num-images or --tiling or "
+        "--precision bf16 or a smaller --size\n"
+    )
 
 
 def test_pictures_without_metadata_cannot_be_repeated(drawing_weights, tmp_path):
@@ -376,9 +415,14 @@ def test_pictures_without_metadata_cannot_be_repeated(drawing_weights, tmp_path)
         assert result.exit_code == 1 and words in result.stderr
 
 
-def test_the_plan_of_a_base_is_told_without_drawing(drawing_weights):
-    result = run("--plan", "--preset", drawing_weights, "--size", "64x64")
+def test_the_plan_of_a_base_is_told_without_drawing(drawing_weights, controlled_weights):
+    result = run("--plan", "--preset", drawing_weights)
     assert result.exit_code == 0, result.output
+    assert "one picture of 32x32 with one identity" in result.stdout
     assert "3 blocks patched; cached keys and values: 6 x 3 blocks of 2 x 16" in result.stdout
-    plan = json.loads(run("--plan", "--preset", drawing_weights, "--size", "64x64", "--json").stdout)
+    options = ("--size", "64x48", "--num-images", 2, "--id", "a.pt", "--id", "b.pt", "--tiling")
+    result = run("--plan", "--preset", controlled_weights, *options)
+    assert "2 pictures at once of 64x48 with 2 identities" in result.stdout and "ControlNet" in result.stdout
+    assert "decoding in tiles" in result.stdout
+    plan = json.loads(run("--plan", "--preset", drawing_weights, "--json").stdout)
     assert plan["kv_shape"] == [3, 1, 6, 2, 16] and {row["precision"] for row in plan["rows"]} == {"bf16", "fp8", "nf4"}
