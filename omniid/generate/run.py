@@ -103,12 +103,14 @@ def run(
 
         def draw(values: dict) -> "Image":
             one, who = _at(request, values), [by_name[values["id"]]] if "id" in values else identities
-            return _finished(one.draw(generator, who, **shared)[0], facts["watermark"])
+            return one.draw(generator, who, **shared)[0]
 
         sheet = draw_grid(axes, draw, say)
+        hindrance = obstacle(*sheet.size) if watermark else None  # the mark is read from the sheet as a whole
         _tell(hindrance, say)
+        facts["watermark"] = watermark and hindrance is None
         details = request.details(identities, negative, grid=list(grid), **facts)
-        return [_write(sheet, output, details, metadata)]
+        return [_write(_finished(sheet, facts["watermark"]), output, details, metadata)]
     pictures = request.draw(generator, identities, num_images, **shared)
     _tell(hindrance, say)
     written = []

@@ -119,6 +119,8 @@ def load_base(path: str | Path, dtype: torch.dtype = torch.float32, with_text: b
             pipeline = FluxPipeline.from_pretrained(str(path), dtype=dtype, **left_out, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not Path(path).is_dir():  # the hub's own words are a paragraph
+            reason = "it is no folder here, and the hub does not give it"
         raise OmniIDError(
             f"the base model {str(path)!r} cannot be loaded ({reason}); "
             "name a diffusers FluxPipeline folder or a hub name that this machine can reach"

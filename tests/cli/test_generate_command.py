@@ -106,6 +106,12 @@ def test_missing_identity_weights_and_other_encoders_are_one_sentence(drawing_we
         ("--preset", drawing_weights, "--id", other): "encode the photos again",
         ("--preset", drawing_weights, "--adapter", tmp_path / "none.safetensors"): "no identity adapter at",
         ("--preset", drawing_weights, "--base", tmp_path): "cannot be loaded",
+        (
+            "--preset",
+            drawing_weights,
+            "--base",
+            "nowhere",
+        ): "'nowhere' cannot be loaded (it is no folder here, and the hub",
     }
     for arguments, message in cases.items():
         result = run(*arguments, "--prompt", "photo", "-o", tmp_path / "out.png")
@@ -335,6 +341,9 @@ def test_the_watermark_survives_the_file_and_can_be_left_out(draw, tmp_path):
     with Image.open(tmp_path / "drawn.png") as image:
         assert not details["watermark"] and not is_marked(image)
     assert 0 < np.abs(marked - plain).mean() < 4
+    _, details = draw("--size", "128x128", "--steps", 1, "--grid", "seed=0,1")
+    with Image.open(tmp_path / "drawn.png") as image:
+        assert details["watermark"] and is_marked(image)
 
 
 def test_small_pictures_are_said_to_have_no_watermark(drawing_weights, tmp_path):
