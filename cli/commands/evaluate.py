@@ -90,10 +90,10 @@ def evaluate(
 
     counts = _counts(inputs)
     if num_pairs is not None:
-        from omniid.evaluate.regions import region_scores
+        from omniid.evaluate import regions
 
-        scores = region_scores(weights, num_pairs, samples or 1, say=say)
-        click.echo(json.dumps(scores) if as_json else regions_line(scores))
+        scores = regions.region_scores(weights, num_pairs, samples or 1, say=say)
+        click.echo(json.dumps(scores) if as_json else regions.table(scores))
         return
     from omniid.evaluate.run import Settings
     from omniid.evaluate.run import evaluate as run
@@ -129,15 +129,6 @@ def _counts(text: str) -> tuple[int, ...]:
     if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
         raise click.UsageError(f"--inputs {text}: give different counts of photos, such as 3 or 1,2,3,5,8")
     return counts
-
-
-def regions_line(scores: dict) -> str:
-    """The scores of `--regions` for the terminal."""
-    return (
-        f"faces nearer to the person of their region than to the other: {scores['right_halves']:.3f}; both of a picture: "
-        f"{scores['right_pairs']:.3f}; of people drawn alone: {scores['right_alone']:.3f} "
-        f"({scores['num_pairs']} pairs, {scores['num_samples']} pictures each)"
-    )
 
 
 def table(found: "Evaluation") -> str:

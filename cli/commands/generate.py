@@ -100,7 +100,16 @@ _PATH = click.Path(path_type=Path)
     help="What waits in CPU memory.",
 )
 @click.option(
-    "--plan", is_flag=True, help="Print the base's memory in each precision and the cards that hold it; draws nothing."
+    "--compile",
+    "compile_mode",
+    type=click.Choice(["default", "reduce-overhead", "max-autotune"]),
+    help="torch.compile the transformer: the first picture waits, the others are faster. The last two use CUDA graphs.",
+)
+@click.option("--tiling", is_flag=True, help="Decode large pictures in tiles: less memory.")
+@click.option(
+    "--plan",
+    is_flag=True,
+    help="Print the memory of these settings in each precision and the cards that hold it; draws nothing.",
 )
 @click.option(
     "--metadata/--no-metadata", default=True, show_default=True, help="Write prompt and settings into the PNG."
@@ -121,7 +130,7 @@ def generate(ctx: click.Context, output: Path, source: Path | None, plan: bool, 
     with --from.
     """
     if plan:
-        click.echo(_plan(options["preset"], options["base"], options["size"], as_json))
+        click.echo(_plan(options, as_json))
         return
     _check(ctx, output, source, options)
 
@@ -144,8 +153,8 @@ def generate(ctx: click.Context, output: Path, source: Path | None, plan: bool, 
         output,
         num_images=options["num_images"],
         grid=options["grid"],
-        precision=options["precision"],
         offload=options["offload"],
+        compile_mode=options["compile_mode"],
         metadata=options["metadata"],
         watermark=options["watermark"],
         repeated=details if source else None,
@@ -223,16 +232,30 @@ def _check_named_weights(ctx: click.Context, details: dict) -> None:
                 )
 
 
-def _plan(preset: str, base: str | None, size: tuple[int, int] | None, as_json: bool) -> str:
+def _plan(options: dict, as_json: bool) -> str:
+    """What `load_generator` would load with these options, planned."""
     from omniid.config import load_preset
     from omniid.generate.plan import plan_generation, table
     from omniid.weights import weights_folder
 
-    is_folder = (Path(preset) / "preset.toml").is_file()
-    settings = load_preset(Path(preset) / "preset.toml" if is_folder else preset)
-    path = base or settings.base.path
-    if path == "embedded":
-        path = weights_folder(preset) / "base"
-    encoder = settings.encoder
-    plan = plan_generation(path, size=max(size or (1024, 1024)), num_tokens=encoder.num_queries, width=encoder.width)
+    preset, base, controlnet = options["preset"], options["base"], options["controlnet"]
+    folder = Path(preset) if (Path(preset) / "preset.toml").is_file() else None
+    settings = load_preset(preset if folder is None else folder / "preset.toml")
+    if settings.base.path == "embedded":
+        folder = weights_folder(preset)
+    path = base or (folder / "base" if settings.base.path == "embedded" else settings.base.path)
+    if controlnet is None and base is None and folder is not None and (folder / "controlnet").is_dir():
+        controlnet = folder / "controlnet"
+    width, height = options["size"] or (settings.base.image_size,) * 2
+    plan = plan_generation(
+        path,
+        width=width,
+        height=height,
+        num_images=options["num_images"],
+        num_identities=max(1, len(options["identity_paths"])),
+        controlnet=controlnet,
+        tiling=options["tiling"],
+        num_tokens=settings.encoder.num_queries,
+        code_width=settings.encoder.width,
+    )
     return json.dumps(plan.to_dict(), indent=2) if as_json else table(plan)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from omniid.generate.errors import GenerateError
+from omniid.generate.memory import explained_lack_of_memory
 from omniid.generate.pipelines import FluxPipelines
 from omniid.generate.regions import SOFTNESS, Region, region_maps
 from omniid.generate.safety import blacken_unsafe
@@ -225,7 +226,16 @@ class Generator:
             set_strengths(step + 1, pipeline.num_timesteps)  # called at the end of a step
             return tensors
 
-        with attach_identities(self.pipeline.transformer, uses, guidance=guidance, negative=negative):
+        with (
+            explained_lack_of_memory(
+                "drawing",
+                self.placement,
+                torch.device(self.pipeline._execution_device),
+                len(seeds),
+                getattr(self.pipeline.vae, "use_tiling", False),
+            ),
+            attach_identities(self.pipeline.transformer, uses, guidance=guidance, negative=negative),
+        ):
             set_strengths(0, steps)
             drawn = pipeline(
                 prompts if len(prompts) > 1 else prompts[0],

@@ -7,8 +7,10 @@ import torch
 
 from omniid.config import load_preset
 from omniid.errors import OmniIDError
+from omniid.generate.compilation import check_compile, compile_transformer
 from omniid.generate.errors import GenerateError
 from omniid.generate.generator import GenerateDefaults, Generator
+from omniid.generate.memory import explained_lack_of_memory
 from omniid.generate.precision import Placement, bitsandbytes_settings, choose_placement
 from omniid.weights import weights_folder
 
@@ -24,6 +26,8 @@ def load_generator(
     offload: str = "auto",
     controlnet: str | Path | None = None,
     loras: Sequence[tuple[str, float]] = (),
+    compile_mode: str | None = None,
+    tiling: bool = False,
 ) -> Generator:
     """A `Generator` from a preset with shipped weights or a folder that training exported.
 
@@ -32,7 +36,8 @@ def load_generator(
     model or sequential; `auto` takes what fits the free memory (`precision.choose_placement`, kept as
     `generator.placement`). dtype: of the base's weights, instead of a precision. controlnet: folder or hub name of a
     landmark ControlNet instead of the one beside the weights. loras: files, folders or hub names of diffusers LoRAs, each
-    with its weight.
+    with its weight. compile_mode: of `compilation.MODES`; None draws without torch.compile. tiling: large pictures are
+    decoded in tiles, which takes less memory and may show at their seams.
     Raises OmniIDError when weights are missing or do not belong together, GenerateError for what this device cannot run.
     """
     from omniid.models.flux import load_base
@@ -46,22 +51,29 @@ def load_generator(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     path = base or (folder / "base" if preset.path == "embedded" else preset.path)
     placement = choose_placement(path, precision, offload, torch.device(device), dtype)
+    if compile_mode is not None:
+        check_compile(compile_mode, torch.device(device), placement.offload)
     # Read first: a missing or wrong file is said before gigabytes are loaded. With an offloaded base it stays on the CPU.
     at = device if placement.offload == "none" else "cpu"
-    loaded = IdentityAdapter.load(adapter or folder / "adapter.safetensors", at)
-    options = {"quantization_config": bitsandbytes_settings()} if placement.precision == "nf4" else {}
-    pipeline = load_base(path, placement.dtype, **options)
-    for index, (source, _) in enumerate(loras):
-        _load_lora(pipeline, source, f"lora{index}")
-    if loras:
-        pipeline.set_adapters([f"lora{index}" for index in range(len(loras))], [weight for _, weight in loras])
-    control = None
-    beside = folder / "controlnet"
-    if controlnet is not None or (beside.is_dir() and base is None):
-        control = load_landmark_controlnet(controlnet or beside, pipeline.transformer, placement.dtype).to(device)
-    if placement.precision == "fp8":
-        freeze_in_fp8(pipeline.transformer)
-    _place(pipeline, placement, device)
+    with explained_lack_of_memory("loading the weights", placement, torch.device(device)):
+        loaded = IdentityAdapter.load(adapter or folder / "adapter.safetensors", at)
+        options = {"quantization_config": bitsandbytes_settings()} if placement.precision == "nf4" else {}
+        pipeline = load_base(path, placement.dtype, **options)
+        for index, (source, _) in enumerate(loras):
+            _load_lora(pipeline, source, f"lora{index}")
+        if loras:
+            pipeline.set_adapters([f"lora{index}" for index in range(len(loras))], [weight for _, weight in loras])
+        control = None
+        beside = folder / "controlnet"
+        if controlnet is not None or (beside.is_dir() and base is None):
+            control = load_landmark_controlnet(controlnet or beside, pipeline.transformer, placement.dtype).to(device)
+        if placement.precision == "fp8":
+            freeze_in_fp8(pipeline.transformer)
+        _place(pipeline, placement, device)
+    if tiling:
+        pipeline.vae.enable_tiling()
+    if compile_mode is not None:
+        compile_transformer(pipeline.transformer, compile_mode)
     defaults = GenerateDefaults(
         image_size=preset.image_size,
         num_inference_steps=preset.num_inference_steps,

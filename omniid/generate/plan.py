@@ -20,11 +20,12 @@ from omniid.models.flux import (
     attention_modules,
     base_without_weights,
     decode_latents,
-    run_flux,
+    predict_velocity,
     text_encoders_without_weights,
 )
 from omniid.models.fp8 import block_linears
-from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
+from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, IdentityUse, attach_identities
+from omniid.models.landmark_controlnet import landmark_controlnet_without_weights
 
 BF16, FP8, NF4 = 2.0, 1.0, 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight. NF4 has an 8-bit scale for every 64 weights and a 32-bit one for every 256 scales."""
@@ -70,17 +71,22 @@ class GenerationPlan:
     base: str
     width: int
     height: int
+    num_images: int
+    """Drawn together."""
+    num_identities: int
+    """In each picture."""
+    tiling: bool
     parts: list[Part]
     num_patched_blocks: int
     adapter_parameters: int
     kv_shape: tuple[int, ...]
     """Keys of one identity: blocks, 1, tokens, heads, channels; values have the same shape."""
     kv_bytes: float
-    """Keys and values of one identity in bf16."""
+    """Keys and values of all identities in bf16."""
     step_bytes: float
-    """What a step of the transformer makes at most beside its weights; bf16, one picture."""
+    """What a step of the transformer makes at most beside its weights, in bf16."""
     decode_bytes: float
-    """The same of the autoencoder, without tiling."""
+    """The same of the autoencoder."""
     rows: list[Row]
 
     def to_dict(self) -> dict:
@@ -92,48 +98,65 @@ class GenerationPlan:
 
 
 def plan_generation(
-    base: str | Path, *, size: int = 1024, num_tokens: int | None = None, width: int | None = None
+    base: str | Path,
+    *,
+    width: int = 1024,
+    height: int = 1024,
+    num_images: int = 1,
+    num_identities: int = 1,
+    controlnet: str | Path | None = None,
+    tiling: bool = False,
+    num_tokens: int | None = None,
+    code_width: int | None = None,
+    fetch: bool = False,
 ) -> GenerationPlan:
-    """The plan of a base, a folder or a hub name, drawing one picture of `size` x `size` pixels with one identity.
+    """The plan of a base, a folder or a hub name, drawing `num_images` pictures at once, each with all identities.
 
-    num_tokens, width: of the identity's code, by default the paper's 256 x 1280. Raises GenerateError for a base whose sizes
-    are not known without its files.
+    width, height: of a picture in pixels. controlnet: folder or hub name of a landmark ControlNet, kept on the device.
+    num_tokens, code_width: of an identity's code, by default the paper's 256 x 1280. fetch: configuration files of a hub
+    name may be fetched. Raises GenerateError for a base whose sizes are not known without its files.
     """
     paper = load_preset("paper")
     config = dataclasses.replace(paper.base, path=str(base), sizes=None)
     try:
-        transformer, vae = base_without_weights(config)
-        clip, t5 = text_encoders_without_weights(config)
+        transformer, vae = base_without_weights(config, fetch)
+        clip, t5 = text_encoders_without_weights(config, fetch)
     except OmniIDError as error:
-        raise GenerateError(
-            f"the sizes of the base {str(base)!r} are not known without its files; fetch it and name its folder with --base"
-        ) from error
-    num_tokens, width = num_tokens or paper.encoder.num_queries, width or paper.encoder.width
+        raise GenerateError(str(error).replace("--set base.path=FOLDER", "--base FOLDER")) from error
+    num_tokens, code_width = num_tokens or paper.encoder.num_queries, code_width or paper.encoder.width
+    control = None if controlnet is None else _in_bf16(landmark_controlnet_without_weights(controlnet))
     with torch.device("meta"):
-        adapter = IdentityAdapter.for_transformer(transformer, width)
-        kv = adapter.to(torch.bfloat16).project(torch.empty(1, num_tokens, width, dtype=torch.bfloat16))
-    step_bytes, patched = _step(_in_bf16(transformer), kv, t5, clip, config.max_sequence_length, size)
-    decode_bytes = _decode(_in_bf16(vae), size)
+        adapter = IdentityAdapter.for_transformer(transformer, code_width)
+        kv = adapter.to(torch.bfloat16).project(torch.empty(1, num_tokens, code_width, dtype=torch.bfloat16))
+    text_sizes = (config.max_sequence_length, t5.config.d_model, clip.config.hidden_size)
+    latents = (num_images, vae.config.latent_channels, height // 8, width // 8)
+    step_bytes, patched = _step(_in_bf16(transformer), control, [kv] * num_identities, text_sizes, latents)
+    decode_bytes = _decode(_in_bf16(vae), latents, tiling)
     parts = [
         _part("transformer", transformer, {"fp8": _fp8_weights(transformer), "nf4": _linear_weights(transformer)}),
         _part("T5", t5, {"nf4": _linear_weights(t5)}),
         _part("CLIP", clip, {}),
         _part("autoencoder", vae, {}),
     ]
-    kv_bytes = BF16 * 2 * kv.keys.numel()
+    kept = [] if control is None else [_part("ControlNet", control, {})]
+    kv_bytes = BF16 * 2 * kv.keys.numel() * num_identities
     adapter_parameters = sum(parameter.numel() for parameter in adapter.parameters())
+    always = kv_bytes + sum(part.bytes("bf16") for part in kept)
     rows = []
     for precision in ("bf16", "fp8", "nf4"):
         for offload in ("none", "model", "sequential"):
             if (precision, offload) == ("nf4", "sequential"):
                 continue  # bitsandbytes' weights cannot be moved layer by layer
-            need = _peak(parts, precision, offload, BF16 * adapter_parameters, kv_bytes, step_bytes, decode_bytes)
+            need = _peak(parts, precision, offload, BF16 * adapter_parameters, always, step_bytes, decode_bytes)
             rows.append(Row(precision, offload, need, [name for name, has in CARDS.items() if need <= USABLE * has]))
     return GenerationPlan(
         base=str(base),
-        width=size,
-        height=size,
-        parts=parts,
+        width=width,
+        height=height,
+        num_images=num_images,
+        num_identities=num_identities,
+        tiling=tiling,
+        parts=parts + kept,
         num_patched_blocks=patched,
         adapter_parameters=adapter_parameters,
         kv_shape=tuple(kv.keys.shape),
@@ -145,38 +168,50 @@ def plan_generation(
 
 
 def _peak(
-    parts: list[Part], precision: str, offload: str, adapter: float, kv: float, step: float, decode: float
+    parts: list[Part], precision: str, offload: str, adapter: float, always: float, step: float, decode: float
 ) -> float:
-    """The fullest moment: text encoders, a step, or the autoencoder. An offloaded base's adapter stays on the CPU."""
+    """The fullest moment: text encoders, a step, or the autoencoder. An offloaded base's adapter stays on the CPU.
+
+    always: what is on the device all the time beside the parts.
+    """
     if offload == "none":
-        return sum(part.bytes(precision) for part in parts) + adapter + kv + max(step, decode)
+        return sum(part.bytes(precision) for part in parts) + adapter + always + max(step, decode)
     # Activations of the text encoders are small beside those of the others.
-    beside = {"transformer": kv + step, "autoencoder": kv + decode}
+    beside = {"transformer": step, "autoencoder": decode}
     if offload == "model":
-        return max(part.bytes(precision) + beside.get(part.name, kv) for part in parts)
-    return max(BF16 * part.largest_layer + beside.get(part.name, kv) for part in parts)
+        return always + max(part.bytes(precision) + beside.get(part.name, 0.0) for part in parts)
+    return always + max(BF16 * part.largest_layer + beside.get(part.name, 0.0) for part in parts)
 
 
-def _step(transformer: nn.Module, kv, t5: nn.Module, clip: nn.Module, text_length: int, size: int) -> tuple[float, int]:
+def _step(
+    transformer: nn.Module,
+    controlnet: nn.Module | None,
+    identities: list[IdentityKV],
+    text_sizes: tuple[int, int, int],
+    latents: tuple[int, ...],
+) -> tuple[float, int]:
     """Bytes that a step makes, and the number of blocks whose attention the adapter has replaced."""
-    channels = transformer.config.in_channels // 4
+    length, width, pooled = text_sizes
+    num_images = latents[0]
     with torch.device("meta"):
-        latents = torch.empty(1, channels, size // 8, size // 8, dtype=torch.bfloat16)
-        time, guidance = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16)
+        noise, control = (torch.empty(latents, dtype=torch.bfloat16) for _ in range(2))
+        time, guidance = (torch.empty(num_images, dtype=torch.bfloat16) for _ in range(2))
         text = TextEmbedding(
-            torch.empty(1, text_length, t5.config.d_model, dtype=torch.bfloat16),
-            torch.empty(1, clip.config.hidden_size, dtype=torch.bfloat16),
+            torch.empty(num_images, length, width, dtype=torch.bfloat16),
+            torch.empty(num_images, pooled, dtype=torch.bfloat16),
         )
-        with attach_identities(transformer, [IdentityUse(kv)]):
+        with attach_identities(transformer, [IdentityUse(kv) for kv in identities]):
             processors = [type(attention.processor).__name__ for attention in attention_modules(transformer)]
-            peak = peak_bytes(lambda: run_flux(transformer, latents, time, text, guidance))
+            peak = peak_bytes(lambda: predict_velocity(transformer, noise, time, text, guidance, controlnet, control))
     return peak, processors.count("IdentityAttnProcessor")
 
 
-def _decode(vae: nn.Module, size: int) -> float:
+def _decode(vae: nn.Module, latents: tuple[int, ...], tiling: bool) -> float:
+    if tiling:
+        vae.enable_tiling()
     with torch.device("meta"):
-        latents = torch.empty(1, vae.config.latent_channels, size // 8, size // 8, dtype=torch.bfloat16)
-        return peak_bytes(lambda: decode_latents(vae, latents))
+        noise = torch.empty(latents, dtype=torch.bfloat16)
+        return peak_bytes(lambda: decode_latents(vae, noise))
 
 
 def _in_bf16(module: nn.Module) -> nn.Module:
@@ -199,19 +234,21 @@ def _fp8_weights(transformer: nn.Module) -> int:
 def table(plan: GenerationPlan) -> str:
     """The plan for the terminal."""
     unit, size = ("GB", 1e9) if max(row.bytes for row in plan.rows) > 1e9 else ("MB", 1e6)
-    lines = [f"{plan.base}, one picture of {plan.width}x{plan.height} with one identity", ""]
+    pictures = "one picture" if plan.num_images == 1 else f"{plan.num_images} pictures at once"
+    people = "one identity" if plan.num_identities == 1 else f"{plan.num_identities} identities"
+    lines = [f"{plan.base}, {pictures} of {plan.width}x{plan.height} with {people}", ""]
     lines.append(f"{f'part, {unit}':14}{'parameters':>12}{'bf16':>9}{'fp8':>9}{'nf4':>9}")
     for part in plan.parts:
         sizes = "".join(f"{part.bytes(precision) / size:9.2f}" for precision in ("bf16", "fp8", "nf4"))
         lines.append(f"{part.name:14}{part.parameters / 1e6:10.1f} M{sizes}")
     blocks, _, tokens, heads, channels = plan.kv_shape
+    decoding = "decoding in tiles" if plan.tiling else "decoding"
     lines += [
         f"{'adapter':14}{plan.adapter_parameters / 1e6:10.1f} M{BF16 * plan.adapter_parameters / size:9.2f}",
         "",
-        f"{plan.num_patched_blocks} blocks patched; cached keys and values: {tokens} x {blocks} blocks of {heads} x {channels}, "
-        f"{plan.kv_bytes / 1e6:.0f} MB",
-        f"beside the weights: a step {plan.step_bytes / size:.2f} {unit}, decoding {plan.decode_bytes / size:.2f} {unit} "
-        "(less with tiling)",
+        f"{plan.num_patched_blocks} blocks patched; cached keys and values: {tokens} x {blocks} blocks of {heads} x {channels}"
+        f"{'' if plan.num_identities == 1 else ' for each identity'}, {plan.kv_bytes / 1e6:.0f} MB",
+        f"beside the weights: a step {plan.step_bytes / size:.2f} {unit}, {decoding} {plan.decode_bytes / size:.2f} {unit}",
         "",
         f"{'precision':11}{'offload':12}{f'peak {unit}':>8}   cards that hold it",
     ]

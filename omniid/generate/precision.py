@@ -61,8 +61,9 @@ def choose_placement(
         return Placement(name, "none" if offload == "auto" else offload, dtype or wide, "as asked")
     from omniid.generate.plan import plan_generation
 
-    plan = plan_generation(base)
+    plan = plan_generation(base, fetch=True)
     needs = {(row.precision, row.offload): row.bytes for row in plan.rows}
+    needs |= {("fp32", way): 2 * need for (name, way), need in needs.items() if name == "bf16"}
     free = torch.cuda.mem_get_info(device)[0]
     return fitting(
         needs, free, precision, offload, has_bitsandbytes=importlib.util.find_spec("bitsandbytes") is not None

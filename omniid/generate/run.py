@@ -35,23 +35,27 @@ class Sources:
 
 @dataclass(kw_only=True, slots=True)
 class Weights:
-    """Arguments of `load_generator`, as the user gave them."""
+    """Arguments of `load_generator` that decide a picture, as the user gave them."""
 
     preset: str = "mini"
     base: str | None = None
     adapter: str | None = None
     controlnet: str | None = None
     loras: tuple[tuple[str, float], ...] = ()
+    precision: str = "auto"
+    tiling: bool = False
 
-    def load(self, precision: str, offload: str):
+    def load(self, offload: str, compile_mode: str | None):
         return load_generator(
             self.preset,
             base=self.base,
             adapter=self.adapter,
-            precision=precision,
+            precision=self.precision,
             offload=offload,
             controlnet=self.controlnet,
             loras=self.loras,
+            compile_mode=compile_mode,
+            tiling=self.tiling,
         )
 
 
@@ -63,8 +67,8 @@ def run(
     *,
     num_images: int = 1,
     grid: Sequence[str] = (),
-    precision: str = "auto",
     offload: str = "auto",
+    compile_mode: str | None = None,
     metadata: bool = True,
     watermark: bool = True,
     repeated: dict | None = None,
@@ -81,14 +85,15 @@ def run(
         _check_repeated(repeated, sources, identities, say)
     image, mask = (open_photo(path).image if path else None for path in (sources.image, sources.mask))
     axes = [Axis.parse(text, list(map(str, sources.identities))) for text in grid]
-    generator = weights.load(precision, offload)
-    if precision == "auto" and generator.placement.precision != "fp32":
+    generator = weights.load(offload, compile_mode)
+    if weights.precision == "auto" and generator.placement.precision != "fp32":
         say(f"precision {generator.placement.precision}: {generator.placement.reason}")
     request = request.completed(generator, sources.landmarks, sources.backend)
     hindrance = obstacle(request.width, request.height) if watermark else None
     facts = {
         **{name: value for name, value in dataclasses.asdict(weights).items() if value},
         "precision": generator.placement.precision,
+        **({"compiled": compile_mode} if compile_mode else {}),
         "watermark": watermark and hindrance is None,
         **{name: path.name for name in ("image", "mask") if (path := getattr(sources, name))},
     }
@@ -98,12 +103,14 @@ def run(
 
         def draw(values: dict) -> "Image":
             one, who = _at(request, values), [by_name[values["id"]]] if "id" in values else identities
-            return _finished(one.draw(generator, who, **shared)[0], facts["watermark"])
+            return one.draw(generator, who, **shared)[0]
 
         sheet = draw_grid(axes, draw, say)
+        hindrance = obstacle(*sheet.size) if watermark else None  # the mark is read from the sheet as a whole
         _tell(hindrance, say)
+        facts["watermark"] = watermark and hindrance is None
         details = request.details(identities, negative, grid=list(grid), **facts)
-        return [_write(sheet, output, details, metadata)]
+        return [_write(_finished(sheet, facts["watermark"]), output, details, metadata)]
     pictures = request.draw(generator, identities, num_images, **shared)
     _tell(hindrance, say)
     written = []

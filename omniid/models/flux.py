@@ -21,7 +21,6 @@ PIXELS_PER_TOKEN = 16
 """Side of the square of pixels that one image token stands for: 8x from the autoencoder, 2x from packing."""
 
 
-FLUX_1_DEV_NAME = "black-forest-labs/FLUX.1-dev"
 FLUX_1_DEV = {
     "transformer": {
         "in_channels": 64,
@@ -40,6 +39,7 @@ FLUX_1_DEV = {
         "block_out_channels": (128, 256, 512, 512),
         "layers_per_block": 2,
         "latent_channels": 16,
+        "sample_size": 1024,  # side of the tiles of tiled decoding
         "use_quant_conv": False,
         "use_post_quant_conv": False,
         "scaling_factor": 0.3611,
@@ -64,7 +64,12 @@ FLUX_1_DEV = {
         "feed_forward_proj": "gated-gelu",
     },
 }
-"""Sizes of FLUX.1-dev, so that its costs can be told without its files."""
+KNOWN_BASES = {
+    "black-forest-labs/FLUX.1-dev": FLUX_1_DEV,
+    "black-forest-labs/FLUX.1-schnell": FLUX_1_DEV
+    | {"transformer": FLUX_1_DEV["transformer"] | {"guidance_embeds": False}},
+}
+"""Sizes of FLUX.1-dev and schnell, so that their costs can be told without their files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,8 @@ def load_base(path: str | Path, dtype: torch.dtype = torch.float32, with_text: b
             pipeline = FluxPipeline.from_pretrained(str(path), dtype=dtype, **left_out, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not Path(path).is_dir():  # the hub's own words are a paragraph
+            reason = "it is no folder here, and the hub does not give it"
         raise OmniIDError(
             f"the base model {str(path)!r} cannot be loaded ({reason}); "
             "name a diffusers FluxPipeline folder or a hub name that this machine can reach"
@@ -122,10 +129,12 @@ def load_base(path: str | Path, dtype: torch.dtype = torch.float32, with_text: b
     return pipeline
 
 
-def base_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
-    """Transformer and autoencoder of a preset's base on the meta device: sizes, but no values; nothing is read or fetched.
+def base_without_weights(config: BaseConfig, fetch: bool = False) -> tuple[nn.Module, nn.Module]:
+    """Transformer and autoencoder of a preset's base on the meta device: sizes, but no values.
 
-    Raises OmniIDError for a base whose sizes are not known: neither FLUX.1-dev, nor in [base.sizes], nor a local folder.
+    The sizes are FLUX.1-dev's or schnell's, those in [base.sizes], or from the configuration files of a folder or of a hub
+    name that this machine has cached; with `fetch` they may come from the hub, a few KB. Raises OmniIDError where there are
+    none of these.
     """
     with _quiet_loading():
         import diffusers
@@ -133,20 +142,19 @@ def base_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
 
         from omniid.models.mini_base import build_autoencoder, build_transformer
 
-    folder = Path(config.path)
     with _quiet_loading(), torch.device("meta"):
-        if config.path == FLUX_1_DEV_NAME:
-            return FluxTransformer2DModel(**FLUX_1_DEV["transformer"]), AutoencoderKL(**FLUX_1_DEV["vae"])
+        if config.path in KNOWN_BASES:
+            known = KNOWN_BASES[config.path]
+            return FluxTransformer2DModel(**known["transformer"]), AutoencoderKL(**known["vae"])
         if config.sizes is not None:
             return build_transformer(config.sizes), build_autoencoder(config.sizes)
-        if (folder / "model_index.json").is_file():
-            sizes = [FluxTransformer2DModel.load_config(folder, subfolder=name) for name in ("transformer", "vae")]
-            transformer, vae = (getattr(diffusers, one["_class_name"]).from_config(one) for one in sizes)
-            return transformer, vae
-    raise _sizes_unknown(config)
+        sizes, of_vae = (_part_config(config, part, fetch) for part in ("transformer", "vae"))
+        if sizes.get("_class_name") != FluxTransformer2DModel.__name__:
+            raise OmniIDError(f"the base {config.path!r} is no FLUX.1: its transformer is a {sizes.get('_class_name')}")
+        return FluxTransformer2DModel.from_config(sizes), getattr(diffusers, of_vae["_class_name"]).from_config(of_vae)
 
 
-def text_encoders_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Module]:
+def text_encoders_without_weights(config: BaseConfig, fetch: bool = False) -> tuple[nn.Module, nn.Module]:
     """CLIP and T5 of a preset's base on the meta device, as `base_without_weights` gives the rest. Raises as it does."""
     with _quiet_loading():
         from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -154,24 +162,39 @@ def text_encoders_without_weights(config: BaseConfig) -> tuple[nn.Module, nn.Mod
         from omniid.data.synthetic import CAPTION_WORDS
         from omniid.models.mini_base import build_base
 
-    folder = Path(config.path)
     with torch.device("meta"):
-        if config.path == FLUX_1_DEV_NAME:
-            clip, t5 = CLIPTextConfig(**FLUX_1_DEV["text_encoder"]), T5Config(**FLUX_1_DEV["text_encoder_2"])
-        elif config.sizes is not None:
+        if config.path not in KNOWN_BASES and config.sizes is not None:
             pipeline = build_base(config.sizes, config.max_sequence_length, CAPTION_WORDS, seed=0)
             return pipeline.text_encoder, pipeline.text_encoder_2
-        elif (folder / "model_index.json").is_file():
-            clip = CLIPTextConfig.from_pretrained(folder / "text_encoder")
-            t5 = T5Config.from_pretrained(folder / "text_encoder_2")
-        else:
-            raise _sizes_unknown(config)
+        known = KNOWN_BASES.get(config.path) or {
+            part: _part_config(config, part, fetch) for part in ("text_encoder", "text_encoder_2")
+        }
+        clip, t5 = CLIPTextConfig(**known["text_encoder"]), T5Config(**known["text_encoder_2"])
         return CLIPTextModel(clip), T5EncoderModel(t5)
+
+
+def _part_config(config: BaseConfig, part: str, fetch: bool) -> dict:
+    """What a base's folder or hub repository says of one of its parts."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    path: object = Path(config.path) / part / "config.json"
+    try:
+        if not path.is_file():
+            path = try_to_load_from_cache(config.path, f"{part}/config.json")
+        if not isinstance(path, (str, Path)) and fetch:
+            path = hf_hub_download(config.path, f"{part}/config.json")
+        if isinstance(path, (str, Path)):
+            return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, HFValidationError) as error:  # the Hub's and the network's errors are of OSError
+        raise _sizes_unknown(config) from error
+    raise _sizes_unknown(config)
 
 
 def _sizes_unknown(config: BaseConfig) -> OmniIDError:
     return OmniIDError(
-        f"the sizes of the base {config.path!r} are not known without its files; name its folder with --set base.path=FOLDER"
+        f"the sizes of the base {config.path!r} are not known without its files; name its folder with --set base.path=FOLDER, "
+        "or a hub name of which at least the config.json files are in the cache (hf download NAME --include '*config.json')"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import HfApi, ModelHubMixin, hf_hub_download
 from torch import Tensor
 
 from omniid.errors import OmniIDError
@@ -88,10 +88,25 @@ class HubModel(ModelHubMixin, abc.ABC):
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, **options) -> str:
         """Uploads weights, settings and a model card; a new repository is private unless `private` is False.
 
-        options: as of `huggingface_hub.ModelHubMixin.push_to_hub`. Returns the commit's address.
+        options: as of `huggingface_hub.ModelHubMixin.push_to_hub`. Returns the commit's address. Raises OmniIDError for a
+        repository that is public already, unless `private` is False.
         """
+        if private is not False and _is_public(repo_id, options.get("token")):
+            raise OmniIDError(
+                f"nothing was pushed, for {repo_id} is public; push with private=False, or to another repository"
+            )
         card = {"repo_id": repo_id, **(options.pop("model_card_kwargs", None) or {})}
         return super().push_to_hub(repo_id, private=private, model_card_kwargs=card, **options)
+
+
+def _is_public(repo_id: str, token: str | None) -> bool:
+    """Whether a repository of that name is there and open to all."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return not HfApi(token=token).repo_info(repo_id).private
+    except RepositoryNotFoundError:
+        return False
 
 
 def _narrowest(parameters) -> torch.dtype:

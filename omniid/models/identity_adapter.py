@@ -241,13 +241,8 @@ def add_identity_attention(
     output, query: (B, L_img, H, D). uses: keys and values (B or 1, L, H, D) and s (number, (B, L_img) or (1, L_img)) of each.
     """
     for keys, values, scale in uses:
-        output = add_one_identity(output, query, *_for_all(keys, values, query), scale)
+        output = add_one_identity(output, query, keys.to(query.dtype), values.to(query.dtype), scale)
     return output
-
-
-def _for_all(keys: Tensor, values: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values in the query's dtype; one person's serve all pictures of a batch."""
-    return tuple(x.to(query.dtype).expand(query.shape[0], -1, -1, -1) for x in (keys, values))
 
 
 class AttachedIdentities:
@@ -347,12 +342,12 @@ class IdentityAttnProcessor:
 
     def add_identities(self, output: Tensor, query: Tensor, num_text_tokens: int) -> Tensor:
         """The joint attention's output (B, L, H, D) with the identities' added to its image tokens; may write into it."""
-        image_query = query[:, num_text_tokens:]
+        image, image_query = output[:, num_text_tokens:], query[:, num_text_tokens:]
         if torch.is_grad_enabled():
-            image = add_identity_attention(output[:, num_text_tokens:], image_query, self.uses)
+            image = add_identity_attention(image, image_query, self.uses)
             return torch.cat([output[:, :num_text_tokens], image], dim=1)
         for keys, values, scale in self.uses:  # nobody else holds the output yet
-            add_one_identity_(output[:, num_text_tokens:], image_query, *_for_all(keys, values, query), scale)
+            add_one_identity_(image, image_query, keys.to(query.dtype), values.to(query.dtype), scale)
         return output
 
 

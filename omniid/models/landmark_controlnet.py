@@ -5,9 +5,12 @@ autoencoder. Its blocks start as copies of the base's first blocks and its outpu
 nothing.
 """
 
+import contextlib
 import copy
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +27,14 @@ def build_landmark_controlnet(transformer: nn.Module, num_double_blocks: int, nu
     from diffusers import FluxControlNetModel
 
     layout = layout_of(transformer)
-    return FluxControlNetModel.from_transformer(
-        transformer,
-        num_layers=min(num_double_blocks, layout.num_double_blocks),
-        num_single_layers=min(num_single_blocks, layout.num_single_blocks),
-        attention_head_dim=layout.head_dim,
-        num_attention_heads=layout.num_heads,
-    )
+    with _without_remarks():
+        return FluxControlNetModel.from_transformer(
+            transformer,
+            num_layers=min(num_double_blocks, layout.num_double_blocks),
+            num_single_layers=min(num_single_blocks, layout.num_single_blocks),
+            attention_head_dim=layout.head_dim,
+            num_attention_heads=layout.num_heads,
+        )
 
 
 def load_landmark_controlnet(
@@ -42,16 +46,8 @@ def load_landmark_controlnet(
     """
     from diffusers import FluxControlNetModel
 
-    is_hub_name = isinstance(folder, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not Path(folder).exists()
-    if not is_hub_name and not (Path(folder) / "config.json").is_file():
-        raise OmniIDError(f"there is no landmark ControlNet at {folder}; train one with: omniid train control")
-    try:
+    with _read_from(folder):
         controlnet = FluxControlNetModel.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OmniIDError(
-            f"the landmark ControlNet {folder} cannot be loaded ({reason}); copy or train it again"
-        ) from error
     mine, its = layout_of(controlnet), layout_of(transformer)
     if (mine.num_heads, mine.head_dim) != (its.num_heads, its.head_dim):
         raise OmniIDError(
@@ -63,6 +59,38 @@ def load_landmark_controlnet(
             f"{folder} is a union ControlNet with modes of its own; give one that reads landmark pictures"
         )
     return controlnet.eval()
+
+
+def landmark_controlnet_without_weights(folder: str | Path) -> nn.Module:
+    """The ControlNet of a folder or hub name on the meta device, from its configuration alone. Raises OmniIDError."""
+    from diffusers import FluxControlNetModel
+
+    with _read_from(folder), torch.device("meta"):
+        return FluxControlNetModel.from_config(FluxControlNetModel.load_config(folder))
+
+
+@contextlib.contextmanager
+def _read_from(folder: str | Path) -> Iterator[None]:
+    """What goes wrong in it becomes one sentence that names the folder or hub name."""
+    is_hub_name = isinstance(folder, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not Path(folder).exists()
+    if not is_hub_name and not (Path(folder) / "config.json").is_file():
+        raise OmniIDError(f"there is no landmark ControlNet at {folder}; train one with: omniid train control")
+    try:
+        with _without_remarks():
+            yield
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OmniIDError(
+            f"the landmark ControlNet {folder} cannot be loaded ({reason}); copy or train it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """diffusers' ControlNet warns of a class that diffusers itself takes from an old place."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
+        yield
 
 
 def save_landmark_controlnet(controlnet: nn.Module, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:

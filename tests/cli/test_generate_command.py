@@ -106,6 +106,12 @@ def test_missing_identity_weights_and_other_encoders_are_one_sentence(drawing_we
         ("--preset", drawing_weights, "--id", other): "encode the photos again",
         ("--preset", drawing_weights, "--adapter", tmp_path / "none.safetensors"): "no identity adapter at",
         ("--preset", drawing_weights, "--base", tmp_path): "cannot be loaded",
+        (
+            "--preset",
+            drawing_weights,
+            "--base",
+            "nowhere",
+        ): "'nowhere' cannot be loaded (it is no folder here, and the hub",
     }
     for arguments, message in cases.items():
         result = run(*arguments, "--prompt", "photo", "-o", tmp_path / "out.png")
@@ -335,6 +341,9 @@ def test_the_watermark_survives_the_file_and_can_be_left_out(draw, tmp_path):
     with Image.open(tmp_path / "drawn.png") as image:
         assert not details["watermark"] and not is_marked(image)
     assert 0 < np.abs(marked - plain).mean() < 4
+    _, details = draw("--size", "128x128", "--steps", 1, "--grid", "seed=0,1")
+    with Image.open(tmp_path / "drawn.png") as image:
+        assert details["watermark"] and is_marked(image)
 
 
 def test_small_pictures_are_said_to_have_no_watermark(drawing_weights, tmp_path):
@@ -349,6 +358,10 @@ def test_small_pictures_are_said_to_have_no_watermark(drawing_weights, tmp_path)
         (("--precision", "fp8"), "needs an NVIDIA GPU of compute capability 8.9 or newer, and this runs on cpu"),
         (("--precision", "nf4"), "needs a CUDA GPU and bitsandbytes, and this runs on cpu"),
         (("--offload", "model"), "moves weights to a GPU and back, and this runs on cpu"),
+        (
+            ("--compile", "max-autotune"),
+            "--compile max-autotune records CUDA graphs, and this runs on cpu; use default",
+        ),
         (("--lora", "none.safetensors"), "the LoRA none.safetensors does not exist"),
         (("--image", "none.png"), "the photo none.png does not exist"),
         (("--from", "none.png"), "the picture none.png does not exist"),
@@ -364,8 +377,43 @@ def test_what_this_machine_or_folder_lacks_is_one_sentence(drawing_weights, iden
     assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "out.png").exists()
 
 
-def test_bf16_runs_on_a_cpu_too(draw):
-    assert draw("--precision", "bf16")[1]["precision"] == "bf16"
+def test_bf16_runs_on_a_cpu_too_and_is_repeated(draw, identity, tmp_path):
+    first, details = draw("--precision", "bf16")
+    assert details["precision"] == "bf16"
+    again = ("--from", tmp_path / "drawn.png", "--id", identity, "-o", tmp_path / "again.png")
+    assert run(*again).exit_code == 0 and (drawn(tmp_path / "again.png") == first).all()
+    assert run(*again, "--precision", "fp32").exit_code == 0
+    assert read_details(tmp_path / "again.png")["precision"] == "fp32"
+
+
+def test_large_pictures_are_decoded_in_tiles(draw):
+    options = ("--size", "1024x32", "--steps", 1)  # a tile has 512 pixels
+    whole, _ = draw(*options)
+    tiled, details = draw(*options, "--tiling")
+    assert details["tiling"] is True and np.abs(whole - tiled).max() > 0 and np.abs(whole - tiled).mean() < 8
+
+
+@pytest.mark.slow
+def test_a_compiled_base_draws_the_same(draw):
+    plain, _ = draw()
+    compiled, details = draw("--compile", "default")
+    assert details["compiled"] == "default" and np.abs(compiled - plain).max() <= 1
+    torch.compiler.reset()
+
+
+def test_memory_that_ends_is_one_sentence(drawing_weights, tmp_path, monkeypatch):
+    from diffusers import FluxTransformer2DModel
+
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", fail)
+    result = run("--preset", drawing_weights, "--prompt", "photo", "--num-images", 2, "-o", tmp_path / "out.png")
+    assert result.exit_code == 1 and not list(tmp_path.iterdir())
+    assert result.stderr == (
+        "Error: this machine has too little free memory for drawing; try fewer --num-images or --tiling or "
+        "--precision bf16 or a smaller --size\n"
+    )
 
 
 def test_pictures_without_metadata_cannot_be_repeated(drawing_weights, tmp_path):
@@ -376,9 +424,14 @@ def test_pictures_without_metadata_cannot_be_repeated(drawing_weights, tmp_path)
         assert result.exit_code == 1 and words in result.stderr
 
 
-def test_the_plan_of_a_base_is_told_without_drawing(drawing_weights):
-    result = run("--plan", "--preset", drawing_weights, "--size", "64x64")
+def test_the_plan_of_a_base_is_told_without_drawing(drawing_weights, controlled_weights):
+    result = run("--plan", "--preset", drawing_weights)
     assert result.exit_code == 0, result.output
+    assert "one picture of 32x32 with one identity" in result.stdout
     assert "3 blocks patched; cached keys and values: 6 x 3 blocks of 2 x 16" in result.stdout
-    plan = json.loads(run("--plan", "--preset", drawing_weights, "--size", "64x64", "--json").stdout)
+    options = ("--size", "64x48", "--num-images", 2, "--id", "a.pt", "--id", "b.pt", "--tiling")
+    result = run("--plan", "--preset", controlled_weights, *options)
+    assert "2 pictures at once of 64x48 with 2 identities" in result.stdout and "ControlNet" in result.stdout
+    assert "decoding in tiles" in result.stdout
+    plan = json.loads(run("--plan", "--preset", drawing_weights, "--json").stdout)
     assert plan["kv_shape"] == [3, 1, 6, 2, 16] and {row["precision"] for row in plan["rows"]} == {"bf16", "fp8", "nf4"}

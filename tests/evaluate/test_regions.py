@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 
 from omniid.cli.main import main
-from omniid.evaluate.regions import _positions_of_halves, own_is_nearer
+from omniid.evaluate.regions import _positions_of_halves, own_is_nearer, table
 
 
 def test_a_half_is_right_when_its_own_person_is_nearer():
@@ -40,5 +40,8 @@ def test_the_command_prints_shares(tiny_weights):
     scores = json.loads(result.stdout)
     assert scores["num_pairs"] == 2 and scores["num_samples"] == 1
     # An untrained adapter adds nothing: a face tells no more of its person than chance, but each share is a count of four.
-    for name, count in (("right_halves", 4), ("right_alone", 4), ("right_pairs", 2)):
-        assert 0 <= scores[name] <= 1 and scores[name] * count == round(scores[name] * count)
+    for kind in ("photos", "drawn", "pixels"):
+        for name, count in (("halves", 4), ("alone", 4), ("pairs", 2)):
+            share = scores[kind][name]
+            assert 0 <= share <= 1 and share * count == round(share * count)
+    assert "pictures drawn alone, by pixels" in table(scores)

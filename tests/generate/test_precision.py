@@ -61,6 +61,13 @@ def test_without_a_gpu_only_what_runs_there(drawing_weights):
             choose_placement("any", *wish, cpu)
 
 
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
+def test_on_a_gpu_the_plan_decides(drawing_weights, monkeypatch, precision):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24e9, 24e9))
+    placement = choose_placement(drawing_weights / "base", precision, "auto", torch.device("cuda"))
+    assert (placement.precision, placement.offload) == ("bf16" if precision == "auto" else precision, "none")
+
+
 def test_fp8_is_refused_by_what_the_gpu_is():
     with pytest.raises(GenerateError, match=r"capability 8.9 or newer, this one has 8.0; use bf16 or nf4"):
         check_fp8((8, 0))
@@ -110,19 +117,84 @@ def test_flux_1_dev_has_the_paper_sizes_and_fits_where_others_measured_it():
     assert "57 blocks patched; cached keys and values: 256 x 57" in table(plan)
 
 
+def resident(plan) -> dict[str, float]:
+    return {row.precision: row.bytes for row in plan.rows if row.offload == "none"}
+
+
+SMALL = {"width": 32, "height": 32, "num_tokens": 6, "code_width": 32}
+
+
 def test_a_folders_plan_counts_its_parts(drawing_weights, generator):
-    plan = plan_generation(drawing_weights / "base", size=32, num_tokens=6, width=32)
+    plan = plan_generation(drawing_weights / "base", **SMALL)
     counts = [sum(p.numel() for p in part.parameters()) for part in (
         generator.pipeline.transformer, generator.pipeline.text_encoder_2, generator.pipeline.text_encoder, generator.pipeline.vae
     )]  # fmt: skip
     assert [part.parameters for part in plan.parts] == counts
     assert plan.adapter_parameters == sum(p.numel() for p in generator.adapter.parameters())
-    resident = {row.precision: row.bytes for row in plan.rows if row.offload == "none"}
-    assert resident["nf4"] < resident["bf16"] and resident["fp8"] < resident["bf16"]
+    needs = resident(plan)
+    assert needs["nf4"] < needs["bf16"] and needs["fp8"] < needs["bf16"]
     by_way = [row.bytes for row in plan.rows if row.precision == "bf16"]
     assert by_way == sorted(by_way, reverse=True)
 
 
-def test_bases_of_unknown_sizes_have_no_plan():
-    with pytest.raises(GenerateError, match="the sizes of the base 'somebody/else' are not known without its files"):
-        plan_generation("somebody/else")
+def test_more_pictures_people_and_controls_need_more(controlled_weights, controlled):
+    base = controlled_weights / "base"
+    one = plan_generation(base, **SMALL)
+    larger = plan_generation(base, **SMALL | {"width": 64})
+    assert larger.decode_bytes == 2 * one.decode_bytes and larger.step_bytes > one.step_bytes
+    several = plan_generation(base, **SMALL, num_images=3)
+    assert several.decode_bytes == 3 * one.decode_bytes and several.step_bytes > 2 * one.step_bytes
+    assert several.kv_bytes == one.kv_bytes
+    assert plan_generation(base, **SMALL, num_identities=2).kv_bytes == 2 * one.kv_bytes
+    steered = plan_generation(base, **SMALL, controlnet=controlled_weights / "controlnet")
+    weights = sum(p.numel() for p in controlled.pipelines.controlnet.parameters())
+    assert steered.parts[-1].name == "ControlNet" and steered.parts[-1].parameters == weights
+    assert resident(steered)["bf16"] >= resident(one)["bf16"] + 2 * weights
+    wide = SMALL | {"width": 1024, "height": 512}
+    assert plan_generation(base, **wide, tiling=True).decode_bytes < plan_generation(base, **wide).decode_bytes
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache of the hub, which cannot be reached."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_a_hub_name_is_planned_from_the_configurations_in_the_cache(drawing_weights, hub_cache):
+    repository = hub_cache / "models--somebody--tuned"
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        folder = repository / "snapshots" / "1" / part
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_bytes((drawing_weights / "base" / part / "config.json").read_bytes())
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1")
+    here, there = (plan_generation(base, **SMALL) for base in (drawing_weights / "base", "somebody/tuned"))
+    assert there.rows == here.rows and there.parts == here.parts
+
+
+@pytest.mark.slow
+def test_schnell_is_known_without_its_files():
+    dev, schnell = (plan_generation(f"black-forest-labs/FLUX.1-{name}") for name in ("dev", "schnell"))
+    # The guidance embedding, a layer 256 -> 3072 and one 3072 -> 3072, is all that dev has more.
+    assert dev.parts[0].parameters - schnell.parts[0].parameters == 3072 * (256 + 1) + 3072 * (3072 + 1)
+    assert schnell.num_patched_blocks == 57 and schnell.adapter_parameters == dev.adapter_parameters
+
+
+@pytest.mark.parametrize("fetch", [False, True])
+def test_bases_of_unknown_sizes_have_no_plan(hub_cache, fetch):
+    with pytest.raises(
+        GenerateError, match=r"the sizes of the base 'somebody/else' are not known .* with --base FOLDER"
+    ):
+        plan_generation("somebody/else", fetch=fetch)
+
+
+def test_another_architecture_has_no_plan(drawing_weights, tmp_path):
+    for part in ("transformer", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text('{"_class_name": "Flux2Transformer2DModel"}')
+    with pytest.raises(GenerateError, match=r"is no FLUX.1: its transformer is a Flux2Transformer2DModel"):
+        plan_generation(tmp_path)

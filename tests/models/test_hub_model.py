@@ -1,8 +1,11 @@
 """Encoder and adapter as models of the hub: what is saved is read again, and pushing writes what from_pretrained reads."""
 
+import types
+
 import huggingface_hub.hub_mixin
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from omniid.config import load_preset
 from omniid.errors import OmniIDError
@@ -50,6 +53,11 @@ def test_pushing_is_private_and_is_read_from_the_hub(tmp_path, monkeypatch):
             made["private"] = private
             return type("Url", (), {"repo_id": repo_id})()
 
+        def repo_info(self, repo_id):
+            if repo_id == "somebody/open":
+                return types.SimpleNamespace(private=False)
+            raise RepositoryNotFoundError("none", response=types.SimpleNamespace(headers={}, request=None))
+
         def upload_folder(self, repo_id, folder_path, **options):
             made["names"] = sorted(path.name for path in folder_path.iterdir())
             for path in folder_path.iterdir():
@@ -57,9 +65,16 @@ def test_pushing_is_private_and_is_read_from_the_hub(tmp_path, monkeypatch):
             return "commit"
 
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Hub)
+    monkeypatch.setattr("omniid.models.hub_model.HfApi", Hub)
     adapter = IdentityAdapter(width=6, num_blocks=2, num_heads=1, head_dim=8)
     assert adapter.push_to_hub("somebody/adapter") == "commit"
     assert made == {"private": True, "names": ["README.md", "adapter.safetensors", "config.json"]}
+    with pytest.raises(OmniIDError, match="nothing was pushed, for somebody/open is public; push with private=False"):
+        adapter.push_to_hub("somebody/open")
+    assert made["private"] is True  # of the first push: nothing was made since
+    adapter.push_to_hub("somebody/open", private=False)
+    assert made.pop("private") is False
+    adapter.push_to_hub("somebody/adapter")
     assert 'from_pretrained("somebody/adapter")' in (tmp_path / "README.md").read_text()
 
     def download(repo_id=None, filename=None, **options):

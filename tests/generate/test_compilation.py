@@ -1,0 +1,54 @@
+"""A compiled transformer draws the same people, is compiled once for all of them, and refuses what cannot be."""
+
+import numpy as np
+import pytest
+import torch
+
+from omniid.generate import GenerateError, load_generator
+from omniid.generate.compilation import check_compile, compile_transformer
+
+
+def pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+@pytest.mark.slow
+def test_one_compilation_serves_all_people_and_strengths(drawing_weights, generator, make_person):
+    from torch._dynamo.testing import CompileCounter
+
+    compiled, counter = load_generator(drawing_weights), CompileCounter()
+    torch.compiler.reset()
+    # A mode with CUDA graphs, to have its hooks; the backend here records none.
+    compile_transformer(compiled.pipeline.transformer, "reduce-overhead", backend=counter)
+    settings = [
+        {"identity": make_person(0), "id_guidance": 2.0},
+        {"identity": make_person(1), "seed": 3, "id_scale": 0.7},
+        {"identity": make_person(2), "seed": 4, "id_scale": 0.3, "negative_prompt": "of"},
+    ]
+    counts = []
+    for one in settings:
+        drawn, expected = (pixels(each.generate(prompt="photo", **one)) for each in (compiled, generator))
+        assert np.abs(drawn - expected).max() <= 1
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts[-1] == counts[1]  # the second strength makes strength a variable
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "offload", "words"),
+    [
+        ("fast", "cpu", "none", "'fast' is no way to compile; use one of: default, reduce-overhead, max-autotune"),
+        ("reduce-overhead", "cpu", "none", "records CUDA graphs, and this runs on cpu; use default"),
+        ("max-autotune", "cuda", "model", "does not go with --offload model; use --compile default, or"),
+        ("default", "cuda", "sequential", "does not go with --offload sequential; leave one of them out"),
+    ],
+)
+def test_what_cannot_be_compiled(mode, device, offload, words):
+    with pytest.raises(GenerateError, match=words):
+        check_compile(mode, torch.device(device), offload)
+
+
+def test_what_can_be_compiled():
+    check_compile("default", torch.device("cpu"), "none")
+    check_compile("default", torch.device("cuda"), "model")
+    check_compile("max-autotune", torch.device("cuda"), "none")
