@@ -42,8 +42,14 @@ class Weights:
     adapter: str | None = None
     controlnet: str | None = None
     loras: tuple[tuple[str, float], ...] = ()
+    engine: str | None = None
+    """Folder of exports that draw instead of the base's transformer."""
+    runtime: str | None = None
+    """What runs them."""
 
     def load(self, precision: str, offload: str):
+        if self.engine is not None:
+            return self._load_exported(precision, offload)
         return load_generator(
             self.preset,
             base=self.base,
@@ -52,6 +58,21 @@ class Weights:
             offload=offload,
             controlnet=self.controlnet,
             loras=self.loras,
+        )
+
+    def _load_exported(self, precision: str, offload: str):
+        from omniid.generate.exported import load_exported_generator
+
+        wrong = {
+            "--lora": (self.loras, "merge it with: omniid export --lora"),
+            "--controlnet": (self.controlnet, "leave one of them out"),
+            "--offload": (offload not in ("auto", "none"), "an exported transformer stays where it runs"),
+        }
+        for option, (is_given, remedy) in wrong.items():
+            if is_given:
+                raise GenerateError(f"{option} cannot be used with --engine; {remedy}")
+        return load_exported_generator(
+            self.engine, self.preset, self.base, self.adapter, runtime=self.runtime, precision=precision
         )
 
 
