@@ -1,6 +1,7 @@
 """One part of a model from weights to a file with its proof: what `omniid export` runs."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -146,6 +147,8 @@ def export_part(request: Request, folder: str | Path, say: Say = lambda text: No
     say("comparing it with PyTorch")
     measures = part.compare(target, reference)
     notes |= {"bytes": size_of(target), "seconds to export": round(seconds, 1), "judged on": part.judged}
+    if (peak := peak_memory()) is not None:
+        notes["largest memory of the process, GB"] = round(peak / 1e9, 2)
     if wide == "bf16":
         notes["activations"] = "fp32 in onnxruntime on a CPU, whose products know no bf16; the weights are the file's"
     report = ParityReport(target.name, request.what, request.precision, measures, notes)
@@ -521,6 +524,15 @@ def velocity_of(transformer) -> Callable[[dict[str, Tensor]], Tensor]:
             )[0]
 
     return velocity
+
+
+def peak_memory() -> int | None:
+    """Most bytes that this process had in memory so far, mapped files too; None on systems that do not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def merge_loras(pipeline, loras: Sequence[tuple[str, float]]) -> None:

@@ -59,16 +59,16 @@ def export_onnx(
         _check(folder / path.name)
         for file in sorted(folder.iterdir(), reverse=True):  # the weights before the graph that names them
             os.replace(file, path.parent / file.name)
-    except OnnxExporterError as error:
+    except (MemoryError, RuntimeError) as error:  # the exporter's own errors are among them
+        if _is_out_of_memory(error):
+            raise ExportError(
+                f"there is too little memory to export the {graph.what}; free some, or give a transformer --streamed"
+            ) from error
+        if not isinstance(error, OnnxExporterError):
+            raise
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ExportError(
             f"{graph.what} cannot be exported at opset {opset} ({reason}); use opset {OPSET}, or report it with this line"
-        ) from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
-            raise
-        raise ExportError(
-            f"there is too little memory to export the {graph.what}; free some, or give a transformer --streamed"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -151,6 +151,15 @@ def require(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"{' and '.join(missing)} is not installed; install it with: pip install 'omniid[export]'")
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Also where it is the cause of another error."""
+    while error is not None:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _check(path: Path) -> None:
