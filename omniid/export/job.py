@@ -47,7 +47,7 @@ from omniid.export.samples import (
     random_inputs,
     random_tokens,
 )
-from omniid.export.streamed import Weights, differing_weights, export_streamed, fake_transformer
+from omniid.export.streamed import Weights, check_fits, differing_weights, export_streamed, fake_transformer
 from omniid.models.encoder import OmniIDEncoder, load_encoder
 from omniid.models.flux import decode_latents, encode_images
 from omniid.models.identity_adapter import IdentityAdapter
@@ -457,6 +457,7 @@ class _StreamedTransformer(_Part):
             config = FluxTransformer2DModel.load_config(folder / "transformer")
             self.weights, self.metadata = Weights.of_folder(folder / "transformer"), self.weights_of_base()
         self.config = {name: value for name, value in config.items() if not name.startswith("_")}
+        check_fits(fake_transformer(self.config, torch.bfloat16), self.weights)  # before anything is loaded
         self.metadata["config"] = json.dumps(self.config)
         self.judged = "the first block of each kind; all weights beside their source"
         self.sizes = {

@@ -88,25 +88,28 @@ def fake_transformer(config: dict, dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
+def check_fits(transformer: torch.nn.Module, weights: Weights) -> None:
+    """Raises ExportError for weights that are not those of a transformer's configuration."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+    has = weights.shapes
+    if odd := sorted(name for name in wanted.keys() | has.keys() if wanted.get(name) != has.get(name)):
+        raise ExportError(
+            f"the weights do not fit the transformer's configuration ({odd[0]}); name the files of one base"
+        )
+
+
 def export_streamed(
     config: dict, weights: Weights, path: str | Path, metadata: dict[str, str], opset: int,
     num_tokens: int, image_size: int, text_length: int, dtype: torch.dtype,
 ) -> Graph:  # fmt: skip
     """Writes the transformer of a diffusers configuration at `path`, its weights beside it; sizes as of `transformer_graph`.
 
-    Raises ExportError for weights that are not those of the configuration, and as `export_onnx`.
+    Raises ExportError as `check_fits` and `export_onnx`.
     """
     transformer = fake_transformer(config, dtype)
-    wanted = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
-    if wanted != weights.shapes:
-        odd = sorted(
-            name for name in wanted.keys() | weights.shapes.keys() if wanted.get(name) != weights.shapes.get(name)
-        )
-        raise ExportError(
-            f"the weights do not fit the transformer's configuration ({odd[0]}); name the files of one base"
-        )
+    check_fits(transformer, weights)
     graph = transformer_graph(transformer, num_tokens, image_size, text_length)
-    values = {PREFIX + name: lambda name=name: weights.get(name).to(dtype) for name in wanted}
+    values = {PREFIX + name: lambda name=name: weights.get(name).to(dtype) for name in weights.shapes}
     export_onnx(graph, path, metadata, opset, values)
     return graph
 
