@@ -87,11 +87,21 @@ def _trace(graph: Graph, module: torch.nn.Module, opset: int, values: Values | N
             output_names=list(graph.outputs),
             dynamic_shapes=graph.dynamic,
             verbose=False,
-            optimize=values is None,
+            optimize=False,
         )
-        if values is not None:
+        if values is None:
+            simplify(program.model)
+        else:
             _fill(program.model, values)
     return program.model
+
+
+def simplify(model) -> None:
+    """Folds constants and removes what does nothing, in place. Once: a second round, as torch's exporter has it, removes one
+    node in a hundred more."""
+    from onnxscript.optimizer import optimize_ir
+
+    optimize_ir(model, num_iterations=1)
 
 
 def _fill(model, values: Values) -> None:
@@ -101,14 +111,13 @@ def _fill(model, values: Values) -> None:
     transposed is stored so, as folding would.
     """
     import onnx_ir as ir
-    from onnxscript.optimizer import optimize_ir
 
     graph = model.graph
     parameters = {name: graph.initializers.pop(name) for name in values if name in graph.initializers}
     for value in parameters.values():
         value.const_value = None
     graph.inputs.extend(parameters.values())
-    optimize_ir(model)
+    simplify(model)
     del graph.inputs[-len(parameters) :]
 
     def lazy(name: str, value, make: Callable[[], torch.Tensor]) -> None:
@@ -141,7 +150,10 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf has its own error types
         raise ExportError(f"{path} is not an ONNX file, or is damaged; export it again") from error
-    return {entry.key: entry.value for entry in model.metadata_props}
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if "what" not in metadata:
+        raise ExportError(f"{path} is no export of omniid; write one with: omniid export onnx")
+    return metadata
 
 
 def require(*packages: str) -> None:

@@ -26,7 +26,7 @@ def test_files_that_cannot_run_are_one_sentence(tmp_path):
     for arguments, message in (
         (["--engine", tmp_path / "none.onnx"], "does not exist"),
         (["--engine", tmp_path / "none.engine"], "does not exist"),
-        (["--engine", photo_is_there, "--runtime", "onnx"], "no exported encoder"),
+        (["--engine", photo_is_there, "--runtime", "onnx"], "no export of omniid"),
         (["--runtime", "onnx"], "name one"),
     ):
         result = run("encode", photo_is_there, "-o", tmp_path / "id.pt", *arguments)

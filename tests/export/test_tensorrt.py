@@ -188,10 +188,7 @@ def test_what_cannot_be_built_is_one_sentence(engine, tmp_path, monkeypatch):
         return None
 
     with monkeypatch.context() as broken:
-        builder = type(
-            "Builder", (tensorrt.runtime_module("rtx")[0].Builder,), {"build_serialized_network": out_of_memory}
-        )
-        broken.setattr(tensorrt.runtime_module("rtx")[0], "Builder", builder)
+        broken.setattr(tensorrt.runtime_module("rtx")[0].Builder, "build_serialized_network", out_of_memory)
         with pytest.raises(ExportError, match="could not build"):
             build(runtime="rtx", targets=("sm89",))
     with pytest.raises(ExportError, match="builds no engine for sm90"):
