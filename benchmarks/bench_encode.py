@@ -13,8 +13,10 @@ from PIL import Image
 
 from omniid.config import load_preset
 from omniid.data.synthetic import Person, View, render
-from omniid.export.exported_encoder import OnnxEncoder
-from omniid.export.job import Request, export_part
+from omniid.export import int8
+from omniid.export.exported_encoder import ExportedEncoder
+from omniid.export.graphs import encoder_graph, plain_tower
+from omniid.export.onnx import export_onnx
 from omniid.models.encoder import OmniIDEncoder, load_encoder
 
 NUM_PHOTOS = 3
@@ -46,14 +48,16 @@ def network():
 reference, torch_name = network(), "PyTorch eager, 3 crops"
 cases, cosines = {torch_name: network}, {torch_name: 1.0}
 with tempfile.TemporaryDirectory() as folder:
-    for precision in ("fp32", "int8"):
-        # The seed of random weights is the export's own, so that the codes can be compared.
-        exported = export_part(Request("encoder", options.preset, precision, random_weights=is_random), Path(folder))
-        runner = OnnxEncoder(exported.path)
+    files = {precision: Path(folder) / f"encoder_{precision}.onnx" for precision in ("fp32", "int8")}
+    about = {"encoder": encoder.fingerprint(), "preset": options.preset, "form": "packed"}
+    with plain_tower(encoder):
+        export_onnx(encoder_graph(encoder), files["fp32"], about)
+    int8.quantize(files["fp32"], files["int8"])
+    for precision, file in files.items():
+        runner = ExportedEncoder(file)
         name = f"onnxruntime {precision}, 3 crops"
         cases[name] = lambda runner=runner: runner.codes([pixels])
         cosines[name] = torch.cosine_similarity(reference.flatten(), cases[name]().flatten(), dim=0).item()
-        exported.path.unlink()
     if not is_random:
         cases["PyTorch, 3 crops to identity"] = lambda: encoder.encode_crops(crops)
         cases["PyTorch, 3 photos of 512 px to identity"] = lambda: encoder.encode(photos)

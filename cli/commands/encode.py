@@ -109,15 +109,9 @@ def _encoder(preset: str, engine: str | None, runtime: str | None):
 
         encoder = load_encoder(_weights_of(preset))
         return encoder, encoder.tower_config.image_size
-    runtime = runtime or ("trt" if engine.endswith(".engine") else "onnx")
-    if runtime == "trt":
-        from omniid.export.engine_encoder import EngineEncoder
+    from omniid.export.exported_encoder import ExportedEncoder
 
-        encoder = EngineEncoder(engine)
-    else:
-        from omniid.export.exported_encoder import OnnxEncoder
-
-        encoder = OnnxEncoder(engine, "cuda" if runtime == "onnx-cuda" else "cpu")
+    encoder = ExportedEncoder(engine, runtime)
     return encoder, encoder.image_size
 
 

@@ -4,15 +4,17 @@ import json
 
 import click
 
+from omniid.cli.commands._generate_types import Lora
+
 
 def _shared_options(function):
     options = [
         click.option(
             "--what",
-            type=click.Choice(["encoder", "adapter", "transformer"]),
+            type=click.Choice(["encoder", "adapter", "transformer", "autoencoder", "clip", "t5"]),
             required=True,
             help="encoder: photos to identity tokens. adapter: tokens to keys and values of all blocks. transformer: FLUX with "
-            "identity and strength as inputs.",
+            "identities and strengths as inputs. autoencoder: latents to pictures. clip, t5: ids of a prompt to what FLUX reads.",
         ),
         click.option(
             "--preset",
@@ -30,11 +32,23 @@ def _shared_options(function):
             show_default=True,
             help="Of the encoder: photos of all identities in a row with their lengths, or filled up and masked.",
         ),
+        click.option(
+            "--lora",
+            "loras",
+            type=Lora(),
+            multiple=True,
+            help="LoRA file or hub name, with =WEIGHT, merged into the transformer before it is exported; may repeat.",
+        ),
         click.option("--opset", type=int, default=20, show_default=True, help="Of ONNX, 18 to 23; fp8 needs 19."),
         click.option(
             "--random-weights",
             is_flag=True,
             help="Untrained weights in the preset's sizes, to measure time, memory and size: --preset paper --random-weights.",
+        ),
+        click.option(
+            "--streamed",
+            is_flag=True,
+            help="Of the transformer: weights go from their files to the export one by one, for bases larger than the memory.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
     ]
@@ -154,10 +168,10 @@ def fp8_command(preset: str, output: str, as_json: bool) -> None:
     _fail_unless(report)
 
 
-def _export(what, preset, folder, form, opset, random_weights, precision, as_json):
+def _export(what, preset, folder, form, loras, opset, random_weights, streamed, precision, as_json):
     from omniid.export.job import Request, export_part
 
-    request = Request(what, preset, precision, form, opset, random_weights)
+    request = Request(what, preset, precision, form, opset, random_weights, loras=loras, streamed=streamed)
     return export_part(request, folder, lambda text: click.echo(text, err=True))
 
 

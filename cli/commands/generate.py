@@ -86,6 +86,16 @@ _PATH = click.Path(path_type=Path)
     "--lora", "loras", type=Lora(), multiple=True, help="LoRA file or hub name for the base, with =WEIGHT; may repeat."
 )
 @click.option(
+    "--engine",
+    type=click.Path(exists=True, file_okay=False),
+    help="Folder that `omniid export` wrote: its transformer draws, with the other parts it holds.",
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnx", "onnx-cuda", "trt"]),
+    help="With --engine: what runs it; by default TensorRT where the folder holds its engines.",
+)
+@click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16", "fp8", "nf4"]),
     default="auto",
@@ -178,6 +188,8 @@ def _check(ctx: click.Context, output: Path, source: Path | None, options: dict)
         raise click.BadParameter(
             f"{options['id_end']} lies before --id-start {options['id_start']}", param_hint="--id-end"
         )
+    if options["runtime"] is not None and options["engine"] is None and source is None:
+        raise click.UsageError("--runtime says what runs an --engine; name one")
     if options["landmarks"] is not None and options["pose"] is not None:
         raise click.UsageError("--landmarks and --pose say the same thing; give one of them")
     if options["grid"] and options["num_images"] > 1:
@@ -219,7 +231,7 @@ def _merged(ctx: click.Context, options: dict, details: dict, names: list[str]) 
 
 def _check_named_weights(ctx: click.Context, details: dict) -> None:
     """A picture that somebody sent must not make this machine fetch weights from anywhere: they are named again."""
-    named = {name: details.get(name) for name in ("base", "adapter", "controlnet")}
+    named = {name: details.get(name) for name in ("base", "adapter", "controlnet", "engine")}
     named["loras"] = [one[0] for one in details.get("loras", [])] or None
     for name, values in named.items():
         if values is None or ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:

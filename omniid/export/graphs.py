@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from omniid.models.encoder import OmniIDEncoder
-from omniid.models.flux import attention_modules
+from omniid.models.flux import attention_modules, decode_latents
 from omniid.models.identity_adapter import (
     AttachedIdentities,
     IdentityAdapter,
@@ -24,8 +24,8 @@ from omniid.models.identity_adapter import (
 )
 from omniid.models.transformer import CrossBlock, SelfBlock
 
-MOST_PHOTOS, MOST_IDENTITIES, MOST_PICTURES, MOST_TOKENS = 64, 16, 4, 16_384
-"""Bounds of what varies; an engine's memory grows with them."""
+MOST_PHOTOS, MOST_IDENTITIES, MOST_PICTURES, MOST_PEOPLE, MOST_TOKENS = 64, 16, 4, 4, 16_384
+"""Bounds of what varies; an engine's memory grows with them. People are those of one picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +129,15 @@ class AdapterGraph(nn.Module):
 
 
 class _PlainProcessor(IdentityAttnProcessor):
-    """The identity's attention in plain PyTorch."""
+    """The identities' attention in plain PyTorch, all people of a picture at once."""
 
     def add_identities(self, output: Tensor, query: Tensor, num_text_tokens: int) -> Tensor:
+        """As of the base class; its one use has keys and values (P, B, L, H, D) and a scale (P, B, L_img)."""
+        ((keys, values, scale),) = self.uses
         image, query = output[:, num_text_tokens:], query[:, num_text_tokens:]
-        for keys, values, scale in self.uses:
-            image = image + scale.to(output.dtype)[:, :, None, None] * attention(query, keys, values)
+        everyone = query.unsqueeze(0).expand(keys.shape[0], -1, -1, -1, -1)
+        added = attention(*(x.flatten(0, 1) for x in (everyone, keys, values))).view(everyone.shape)
+        image = image + (scale.to(added.dtype)[..., None, None] * added).sum(0)
         return torch.cat([output[:, :num_text_tokens], image], dim=1)
 
 
@@ -157,7 +160,7 @@ class _Rotation(nn.Module):
 
 
 class TransformerGraph(nn.Module):
-    """FLUX's transformer with the identity inside: one graph serves every identity, strength and region."""
+    """FLUX's transformer with identities inside: one graph serves all people, strengths and regions."""
 
     def __init__(self, transformer: nn.Module):
         super().__init__()
@@ -179,8 +182,9 @@ class TransformerGraph(nn.Module):
         """Velocity (B, L_img, C_latent) in fp32.
 
         latents: packed (B, L_img, C_latent). text: (B, L_txt, D). pooled: (B, D_pooled). timestep: (B), 0..1. img_ids: (L_img,
-        3). id_k, id_v: (blocks, B, L, H, D). id_scale: (B, L_img), strength for each image token. guidance: (B), of a base
-        with guidance embedding. All fp32 but id_k and id_v, which are in the transformer's dtype.
+        3). id_k, id_v: (blocks, P, B, L, H, D) of P people in each picture. id_scale: (P, B, L_img), their strengths for each
+        image token. guidance: (B), of a base with guidance embedding. All fp32 but id_k and id_v, which are in the
+        transformer's dtype. Factors for blocks go into id_v, which each block multiplies with id_scale.
         """
         dtype = self.transformer.dtype
         processors = [module.processor for module in attention_modules(self.transformer)]
@@ -263,7 +267,7 @@ def transformer_graph(transformer: nn.Module, num_tokens: int, image_size: int, 
     config = transformer.config
     heads, width, blocks = config.num_attention_heads, config.attention_head_dim, len(attention_modules(transformer))
 
-    def shapes(batch: int, image: int, text: int) -> dict[str, tuple[int, ...]]:
+    def shapes(people: int, batch: int, image: int, text: int) -> dict[str, tuple[int, ...]]:
         return {
             "latents": (batch, image, config.in_channels),
             "text": (batch, text, config.joint_attention_dim),
@@ -271,17 +275,17 @@ def transformer_graph(transformer: nn.Module, num_tokens: int, image_size: int, 
             "timestep": (batch,),
             "guidance": (batch,),
             "img_ids": (image, 3),
-            "id_k": (blocks, batch, num_tokens, heads, width),
-            "id_v": (blocks, batch, num_tokens, heads, width),
-            "id_scale": (batch, image),
+            "id_k": (blocks, people, batch, num_tokens, heads, width),
+            "id_v": (blocks, people, batch, num_tokens, heads, width),
+            "id_scale": (people, batch, image),
         }
 
     side = image_size // 16
     smallest, usual, largest = (
-        shapes(batch, max(4, round(side * share) ** 2), text_length)
-        for batch, share in ((1, 0.5), (1, 1.0), (MOST_PICTURES, 1.5))
+        shapes(people, batch, max(4, round(side * share) ** 2), text_length)
+        for people, batch, share in ((1, 1, 0.5), (1, 1, 1.0), (MOST_PEOPLE, MOST_PICTURES, 1.5))
     )
-    sample = shapes(2, side * side, text_length)
+    sample = shapes(3, 2, side * side, text_length)
     inputs = {
         name: torch.zeros(shape, dtype=transformer.dtype if name in ("id_k", "id_v") else torch.float32)
         for name, shape in sample.items()
@@ -289,17 +293,85 @@ def transformer_graph(transformer: nn.Module, num_tokens: int, image_size: int, 
     if not config.guidance_embeds:
         del inputs["guidance"], smallest["guidance"], usual["guidance"], largest["guidance"]
     pictures, tokens = Dim("pictures", min=1, max=MOST_PICTURES), Dim("tokens", min=4, max=MOST_TOKENS)
-    axis_of_picture = {"img_ids": None, "id_k": 1, "id_v": 1}
-    axis_of_token = {"latents": 1, "id_scale": 1, "img_ids": 0}
-    dynamic: dict[str, dict[int, Dim]] = {}
-    for name in inputs:
-        axes = {} if axis_of_picture.get(name, 0) is None else {axis_of_picture.get(name, 0): pictures}
-        if name in axis_of_token:
-            axes[axis_of_token[name]] = tokens
-        dynamic[name] = axes
-    dynamic["text"][1] = Dim("text_tokens", min=2, max=1024)
+    people = Dim("people", min=1, max=MOST_PEOPLE)
+    dynamic: dict[str, dict[int, Dim]] = {name: {0: pictures} for name in inputs} | {
+        "latents": {0: pictures, 1: tokens},
+        "text": {0: pictures, 1: Dim("text_tokens", min=2, max=1024)},
+        "img_ids": {0: tokens},
+        "id_k": {1: people, 2: pictures},
+        "id_v": {1: people, 2: pictures},
+        "id_scale": {0: people, 1: pictures, 2: tokens},
+    }
     profile = Profile("pictures", {name: (smallest[name], usual[name], largest[name]) for name in inputs})
     return Graph("transformer", TransformerGraph(transformer), inputs, ("velocity",), dynamic, [profile])
+
+
+class AutoencoderGraph(nn.Module):
+    """Latents as the transformer sees them to pictures."""
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents: fp32 (B, C, h, w). Returns pictures (B, 3, 8 h, 8 w) in fp32, -1..1."""
+        return decode_latents(self.vae, latents.to(next(self.vae.parameters()).dtype))
+
+
+class ClipGraph(nn.Module):
+    """Ids of CLIP's tokenizer to the pooled vector that FLUX reads."""
+
+    def __init__(self, text_encoder: nn.Module):
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 (B, S). Returns (B, D) in fp32."""
+        return self.text_encoder(input_ids=ids).pooler_output.float()
+
+
+class T5Graph(nn.Module):
+    """Ids of T5's tokenizer, padding too, to the tokens that FLUX reads."""
+
+    def __init__(self, text_encoder: nn.Module):
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 (B, S). Returns (B, S, D) in fp32."""
+        return self.text_encoder(input_ids=ids)[0].float()
+
+
+def autoencoder_graph(vae: nn.Module, image_size: int) -> Graph:
+    """The decoder of a base's autoencoder, for pictures of any size; tuned as the transformer is."""
+    channels = vae.config.latent_channels
+    sides = [2 * max(2, round(image_size // 16 * share)) for share in (0.5, 1.0, 1.5)]
+    smallest, usual, largest = (
+        (batch, channels, side, side) for batch, side in zip((1, 1, MOST_PICTURES), sides, strict=True)
+    )
+    rows, columns = (Dim(name, min=2, max=512) for name in ("rows", "columns"))
+    return Graph(
+        "autoencoder",
+        AutoencoderGraph(vae),
+        {"latents": torch.zeros(2, channels, usual[2], usual[3] + 2)},
+        ("pictures",),
+        {"latents": {0: Dim("pictures", min=1, max=MOST_PICTURES), 2: rows, 3: columns}},
+        [Profile("pictures", {"latents": (smallest, usual, largest)})],
+    )
+
+
+def text_graph(what: str, text_encoder: nn.Module, length: int) -> Graph:
+    """`clip` or `t5` for prompts filled up to `length` tokens."""
+    module, output = (ClipGraph, "pooled") if what == "clip" else (T5Graph, "text")
+    shapes = tuple((batch, length) for batch in (1, 1, MOST_PICTURES))
+    return Graph(
+        what,
+        module(text_encoder),
+        {"ids": torch.ones(2, length, dtype=torch.int64)},
+        (output,),
+        {"ids": {0: Dim("pictures", min=1, max=MOST_PICTURES)}},
+        [Profile("prompts", {"ids": shapes})],
+    )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

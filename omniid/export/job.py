@@ -1,7 +1,9 @@
 """One part of a model from weights to a file with its proof: what `omniid export` runs."""
 
+import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,30 +12,60 @@ from torch import Tensor
 
 from omniid.config import ConfigError, Preset, load_preset
 from omniid.export import fp8, int8
-from omniid.export.exported_encoder import OnnxEncoder, encoder_inputs
-from omniid.export.graphs import Graph, adapter_graph, encoder_graph, plain_tower, transformer_graph
+from omniid.export.exported_encoder import ExportedEncoder, encoder_inputs
+from omniid.export.fingerprints import base_folder, files_fingerprint
+from omniid.export.graphs import (
+    Graph,
+    adapter_graph,
+    autoencoder_graph,
+    encoder_graph,
+    plain_tower,
+    text_graph,
+    transformer_graph,
+)
+from omniid.export.manifest import ONNX, Entry, digest, note
 from omniid.export.onnx import OPSET, WEIGHTS_SUFFIX, ExportError, export_onnx
-from omniid.export.onnx_runtime import feed, open_session
 from omniid.export.parity import (
     Measure,
     ParityReport,
     adapter_measures,
+    each_measures,
     encoder_measures,
+    picture_measures,
     psnr,
     size_of,
+    text_measures,
     transformer_measures,
 )
-from omniid.export.samples import NUM_CALIBRATION, NUM_JUDGED, Drawing, photo_sets, random_tokens
+from omniid.export.runner import open_runner
+from omniid.export.samples import (
+    NUM_CALIBRATION,
+    NUM_JUDGED,
+    PROMPTS,
+    Drawing,
+    photo_sets,
+    random_inputs,
+    random_tokens,
+)
+from omniid.export.streamed import Weights, check_fits, differing_weights, export_streamed, fake_transformer
 from omniid.models.encoder import OmniIDEncoder, load_encoder
+from omniid.models.flux import decode_latents, encode_images
 from omniid.models.identity_adapter import IdentityAdapter
 from omniid.weights import weights_folder
 
-PARTS = ("encoder", "adapter", "transformer")
+PARTS = ("encoder", "adapter", "transformer", "autoencoder", "clip", "t5")
 PRECISIONS = ("fp32", "bf16", "fp8", "int8")
+ROUNDED_PARTS = ("encoder", "adapter", "transformer")
+"""Those that fp8 and int8 are for."""
+PART_FOLDERS = {"transformer": "transformer", "autoencoder": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
+"""Of a base."""
 GRAPH_PRECISION = {"fp32": "fp32", "bf16": "bf16", "fp8": "bf16", "int8": "fp32"}
 """Of the graph whose products are then rounded."""
 DRAWN = 2
 """Pictures that a transformer's export is judged by."""
+
+SMALL_PICTURE = 128
+"""Pixels of the side of what a streamed transformer's first blocks are judged by."""
 
 Say = Callable[[str], None]
 
@@ -53,6 +85,10 @@ class Request:
     """Sizes without training: for measuring time, memory and file sizes."""
     steps: int = 4
     """Of drawing, for calibrating and judging a transformer."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """Files or hub names of LoRAs, each with its weight, merged into the transformer before it is exported."""
+    streamed: bool = False
+    """Of a transformer: its weights go from their files to the export one by one and are never all in memory."""
 
 
 @dataclass(slots=True)
@@ -74,7 +110,11 @@ def export_part(request: Request, folder: str | Path, say: Say = lambda text: No
     is in the report.
     """
     _check(request)
-    part = {"encoder": _Encoder, "adapter": _Adapter, "transformer": _Transformer}[request.what](request, say)
+    kinds = {
+        "encoder": _Encoder, "adapter": _Adapter, "transformer": _Transformer,
+        "autoencoder": _Autoencoder, "clip": _Text, "t5": _Text,
+    }  # fmt: skip
+    part = (_StreamedTransformer if request.streamed else kinds[request.what])(request, say)
     folder = Path(folder)
     wide = GRAPH_PRECISION[request.precision]
     dtype = torch.float32 if wide == "fp32" else torch.bfloat16
@@ -107,9 +147,19 @@ def export_part(request: Request, folder: str | Path, say: Say = lambda text: No
     say("comparing it with PyTorch")
     measures = part.compare(target, reference)
     notes |= {"bytes": size_of(target), "seconds to export": round(seconds, 1), "judged on": part.judged}
+    if (peak := peak_memory()) is not None:
+        notes["largest memory of the process, GB"] = round(peak / 1e9, 2)
     if wide == "bf16":
         notes["activations"] = "fp32 in onnxruntime on a CPU, whose products know no bf16; the weights are the file's"
     report = ParityReport(target.name, request.what, request.precision, measures, notes)
+    found = digest(target)
+    note(
+        folder,
+        Entry(
+            file=target.name, sha256=found, bytes=size_of(target), what=request.what, precision=request.precision,
+            runtime=ONNX, seconds=round(seconds, 1), metadata=metadata, onnx_sha256=found,
+        ),
+    )  # fmt: skip
     return Exported(target, graph, report, metadata)
 
 
@@ -118,6 +168,16 @@ def _check(request: Request) -> None:
         raise ExportError(f"cannot export {request.what!r}; choose from {', '.join(PARTS)}")
     if request.precision not in PRECISIONS:
         raise ExportError(f"unknown precision {request.precision!r}; choose from {', '.join(PRECISIONS)}")
+    if request.precision in ("fp8", "int8") and request.what not in ROUNDED_PARTS:
+        raise ExportError(f"{request.what} is exported in fp32 or bf16, got {request.precision}")
+    if request.streamed and (
+        request.what != "transformer" or request.precision not in ("fp32", "bf16") or request.loras
+    ):
+        raise ExportError(
+            "only a transformer in bf16 or fp32 can be streamed, and without a LoRA; merge and save it first"
+        )
+    if request.loras and request.what != "transformer":
+        raise ExportError(f"a LoRA changes the transformer; leave it out for {request.what}")
     if request.form not in ("packed", "padded"):
         raise ExportError(f"unknown form {request.form!r}; choose packed or padded")
     if request.precision == "fp8" and request.opset < 19:
@@ -135,13 +195,34 @@ def _preset(request: Request) -> Preset:
 
 
 class _Part:
-    """What the three parts share."""
+    """What the parts share."""
 
     judged = ""
 
     def __init__(self, request: Request, say: Say):
         self.request, self.say, self.preset = request, say, _preset(request)
         torch.manual_seed(0)
+
+    def base_path(self) -> str | Path:
+        """Folder or hub name of the base."""
+        path = self.preset.base.path
+        return weights_folder(self.request.source) / "base" if path == "embedded" else path
+
+    def pipeline_of_base(self):
+        if self.request.random_weights:
+            raise ExportError(
+                f"{self.request.what} is exported from its weights; leave --random-weights out, or for a transformer add "
+                "--streamed"
+            )
+        from omniid.models.flux import load_base
+
+        return load_base(self.base_path())
+
+    def weights_of_base(self) -> dict[str, str]:
+        """Metadata that name the weights of a part of the base."""
+        folder = base_folder(self.base_path())
+        found = folder and files_fingerprint(folder / PART_FOLDERS[self.request.what])
+        return {"weights": found} if found else {}
 
     def encoder(self) -> OmniIDEncoder:
         if self.request.random_weights:
@@ -200,7 +281,7 @@ class _Encoder(_Part):
             yield {name: tensor.numpy() for name, tensor in inputs.items()}
 
     def compare(self, path: Path, reference: Tensor) -> list[Measure]:
-        exported = OnnxEncoder(path)
+        exported = ExportedEncoder(path)
         together = exported.codes(self.sets.judged)
         alone = torch.cat([exported.codes([photos]) for photos in self.sets.judged])
         measures = encoder_measures(reference, together, self.request.precision)
@@ -214,7 +295,10 @@ class _Adapter(_Part):
     def __init__(self, request: Request, say: Say):
         super().__init__(request, say)
         self.module = self.adapter()
-        self.metadata = {"encoder": self.module.encoder_fingerprint}
+        layout = {name: getattr(self.module, name) for name in ("width", "num_blocks", "num_heads", "head_dim")}
+        self.metadata = {"encoder": self.module.encoder_fingerprint, "layout": json.dumps(layout)}
+        if not request.random_weights:
+            self.metadata["weights"] = files_fingerprint(weights_folder(request.source) / "adapter.safetensors")
         # Random weights are for sizes and times; at the paper's, keys and values of one identity take 0.36 GB in fp32.
         count = 1 if request.random_weights else NUM_JUDGED
         self.num_calibration = 1 if request.random_weights else NUM_CALIBRATION
@@ -235,18 +319,22 @@ class _Adapter(_Part):
         yield {"tokens": self.all_tokens[: self.num_calibration].numpy()}
 
     def compare(self, path: Path, reference: tuple[Tensor, Tensor]) -> list[Measure]:
-        session = open_session(path)
-        got = session.run(None, feed(session, {"tokens": self.all_tokens[self.num_calibration :]}))
-        return adapter_measures(reference, tuple(map(torch.from_numpy, got)), self.request.precision)
+        got = open_runner(path).run({"tokens": self.all_tokens[self.num_calibration :]})
+        return adapter_measures(reference, (got["id_k"], got["id_v"]), self.request.precision)
 
 
 class _Transformer(_Part):
     def __init__(self, request: Request, say: Say):
         super().__init__(request, say)
-        self.pipeline = self._pipeline()
+        self.pipeline = self.pipeline_of_base()
+        if request.loras:
+            merge_loras(self.pipeline, request.loras)
         self.adapter_module = self.adapter(self.pipeline.transformer)
         base = self.preset.base
-        self.metadata = {"encoder": self.adapter_module.encoder_fingerprint}
+        config = {name: value for name, value in self.pipeline.transformer.config.items() if not name.startswith("_")}
+        self.metadata = self.weights_of_base() | {"config": json.dumps(config)}
+        if request.loras:
+            self.metadata["loras"] = ", ".join(f"{Path(source).name}={weight:g}" for source, weight in request.loras)
         self.judged = f"{DRAWN} pictures of {request.steps} steps"
         self.num_tokens = self.preset.encoder.num_queries
         tokens = self.tokens(2 * DRAWN)
@@ -257,41 +345,8 @@ class _Transformer(_Part):
                 kv = self.adapter_module.project(tokens[start : start + DRAWN])
             self.drawings.append(Drawing(self.pipeline, kv.keys, kv.values, base.prompt, *sizes))
 
-    def _pipeline(self):
-        from omniid.models.flux import load_base
-
-        if self.request.random_weights:
-            raise ExportError(
-                "a transformer is exported from its weights; leave --random-weights out, or export encoder or adapter"
-            )
-        folder = weights_folder(self.request.source)
-        return load_base(folder / "base" if self.preset.base.path == "embedded" else self.preset.base.path)
-
-    def _by_torch(self):
-        """The package's own transformer, with its own kernels and processors."""
-        from omniid.models.identity_adapter import IdentityKV, IdentityUse, attach_identities
-
-        transformer = self.pipeline.transformer
-
-        @torch.no_grad()
-        def velocity(inputs: dict[str, Tensor]) -> Tensor:
-            use = IdentityUse(IdentityKV(inputs["id_k"], inputs["id_v"]), inputs["id_scale"])
-            with attach_identities(transformer, [use]):
-                return transformer(
-                    hidden_states=inputs["latents"],
-                    encoder_hidden_states=inputs["text"],
-                    pooled_projections=inputs["pooled"],
-                    timestep=inputs["timestep"],
-                    guidance=inputs.get("guidance"),
-                    img_ids=inputs["img_ids"],
-                    txt_ids=torch.zeros(inputs["text"].shape[1], 3),
-                    return_dict=False,
-                )[0]
-
-        return velocity
-
     def reference(self) -> list:
-        velocity = self._by_torch()
+        velocity = velocity_of(self.pipeline.transformer)
         self.calibration_inputs = [inputs for inputs, _, _ in self.drawings[0].steps(velocity, self.request.steps)]
         return list(self.drawings[1].steps(velocity, self.request.steps))
 
@@ -308,10 +363,10 @@ class _Transformer(_Part):
             yield {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}
 
     def compare(self, path: Path, reference: list) -> list[Measure]:
-        session = open_session(path)
+        runner = open_runner(path)
 
         def velocity(inputs: dict[str, Tensor]) -> Tensor:
-            return torch.from_numpy(session.run(None, feed(session, inputs))[0])
+            return runner.run(inputs)["velocity"]
 
         drawing = self.drawings[1]
         own = drawing.steps(velocity, self.request.steps)
@@ -320,6 +375,174 @@ class _Transformer(_Part):
             *measures,
             Measure("PSNR of the pictures, dB", psnr(drawing.decode(latents), drawing.decode(own_latents))),
         ]
+
+
+class _Autoencoder(_Part):
+    def __init__(self, request: Request, say: Say):
+        super().__init__(request, say)
+        self.vae, self.metadata = self.pipeline_of_base().vae, self.weights_of_base()
+        self.judged = f"{DRAWN} pictures"
+        size = self.preset.base.image_size
+        faces = torch.stack([one[0] for one in photo_sets(size).judged[:DRAWN]])
+        with torch.no_grad():
+            self.latents = encode_images(self.vae, faces.float() / 127.5 - 1)
+
+    @torch.no_grad()
+    def reference(self) -> Tensor:
+        return decode_latents(self.vae, self.latents)
+
+    def export(self, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> Graph:
+        graph = autoencoder_graph(self.vae.to(dtype), self.preset.base.image_size)
+        export_onnx(graph, path, metadata, self.request.opset)
+        return graph
+
+    def compare(self, path: Path, reference: Tensor) -> list[Measure]:
+        return picture_measures(
+            reference, open_runner(path).run({"latents": self.latents})["pictures"], self.request.precision
+        )
+
+
+class _Text(_Part):
+    """CLIP or T5."""
+
+    def __init__(self, request: Request, say: Say):
+        super().__init__(request, say)
+        pipeline, self.metadata = self.pipeline_of_base(), self.weights_of_base()
+        is_clip = request.what == "clip"
+        self.module = pipeline.text_encoder if is_clip else pipeline.text_encoder_2
+        self.length = pipeline.tokenizer_max_length if is_clip else self.preset.base.max_sequence_length
+        self.judged = f"{len(PROMPTS)} prompts"
+        tokenizer = pipeline.tokenizer if is_clip else pipeline.tokenizer_2
+        self.ids = tokenizer(
+            PROMPTS, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    def _graph(self) -> Graph:
+        return text_graph(self.request.what, self.module, self.length)
+
+    @torch.no_grad()
+    def reference(self) -> Tensor:
+        return self._graph().module(self.ids)
+
+    def export(self, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> Graph:
+        self.module.to(dtype)
+        graph = self._graph()
+        export_onnx(graph, path, metadata, self.request.opset)
+        return graph
+
+    def compare(self, path: Path, reference: Tensor) -> list[Measure]:
+        (got,) = open_runner(path).run({"ids": self.ids}).values()
+        return text_measures(reference, got, self.request.precision)
+
+
+class _StreamedTransformer(_Part):
+    """A transformer that need not fit the memory; see `streamed`."""
+
+    def __init__(self, request: Request, say: Say):
+        super().__init__(request, say)
+        from diffusers import FluxTransformer2DModel
+
+        from omniid.models.flux import base_without_weights
+
+        if request.random_weights:
+            config = dict(base_without_weights(self.preset.base)[0].config)
+            self.weights = Weights.random(fake_transformer(config, torch.bfloat16))
+            self.metadata = {}
+        else:
+            folder = base_folder(self.base_path())
+            if folder is None:
+                raise ExportError(
+                    f"{self.base_path()} is not on this machine; name the folder of a base, or fetch it with: hf download"
+                )
+            config = FluxTransformer2DModel.load_config(folder / "transformer")
+            self.weights, self.metadata = Weights.of_folder(folder / "transformer"), self.weights_of_base()
+        self.config = {name: value for name, value in config.items() if not name.startswith("_")}
+        check_fits(fake_transformer(self.config, torch.bfloat16), self.weights)  # before anything is loaded
+        self.metadata["config"] = json.dumps(self.config)
+        self.judged = "the first block of each kind; all weights beside their source"
+        self.sizes = {
+            "num_tokens": self.preset.encoder.num_queries,
+            "image_size": self.preset.base.image_size,
+            "text_length": self.preset.base.max_sequence_length,
+        }
+        self.first_blocks = {**self.config, "num_layers": 1, "num_single_layers": 1}
+
+    @torch.no_grad()
+    def reference(self) -> Tensor:
+        from diffusers import FluxTransformer2DModel
+
+        weights = self.weights.of_first_blocks()
+        with torch.device("meta"):
+            transformer = FluxTransformer2DModel.from_config(self.first_blocks).eval()
+        transformer.load_state_dict({name: weights.get(name).float() for name in weights.shapes}, assign=True)
+        graph = transformer_graph(transformer, self.sizes["num_tokens"], SMALL_PICTURE, self.sizes["text_length"])
+        self.inputs = random_inputs(graph)
+        return velocity_of(transformer)(self.inputs)
+
+    def export(self, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> Graph:
+        graph = export_streamed(
+            self.config, self.weights, path, metadata, self.request.opset, dtype=dtype, **self.sizes
+        )
+        self.dtype = dtype
+        return graph
+
+    def compare(self, path: Path, reference: Tensor) -> list[Measure]:
+        differing = differing_weights(path, self.weights, self.dtype)
+        few = path.with_name(f".first_blocks_of_{path.name}")
+        try:
+            weights = self.weights.of_first_blocks()
+            export_streamed(
+                self.first_blocks, weights, few, self.metadata, self.request.opset, dtype=self.dtype, **self.sizes
+            )
+            velocity = open_runner(few).run(self.inputs)["velocity"]
+        finally:
+            for leftover in (few, few.with_name(few.name + WEIGHTS_SUFFIX)):
+                leftover.unlink(missing_ok=True)
+        return [
+            Measure("weights that differ from their source", len(differing), at_most=0),
+            *each_measures(reference, velocity, "velocity of the first blocks", self.request.precision),
+        ]
+
+
+def velocity_of(transformer) -> Callable[[dict[str, Tensor]], Tensor]:
+    """The package's own way, with its own kernels and processors, of what a transformer's graph computes."""
+    from omniid.models.identity_adapter import IdentityKV, IdentityUse, attach_identities
+
+    @torch.no_grad()
+    def velocity(inputs: dict[str, Tensor]) -> Tensor:
+        people = zip(inputs["id_k"].unbind(1), inputs["id_v"].unbind(1), inputs["id_scale"], strict=True)
+        uses = [IdentityUse(IdentityKV(keys, values), scale) for keys, values, scale in people]
+        with attach_identities(transformer, uses):
+            return transformer(
+                hidden_states=inputs["latents"],
+                encoder_hidden_states=inputs["text"],
+                pooled_projections=inputs["pooled"],
+                timestep=inputs["timestep"],
+                guidance=inputs.get("guidance"),
+                img_ids=inputs["img_ids"],
+                txt_ids=torch.zeros(inputs["text"].shape[1], 3),
+                return_dict=False,
+            )[0]
+
+    return velocity
+
+
+def peak_memory() -> int | None:
+    """Most bytes that this process had in memory so far, mapped files too; None on systems that do not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def merge_loras(pipeline, loras: Sequence[tuple[str, float]]) -> None:
+    """Adds LoRAs to the weights of a pipeline's transformer. Raises OmniIDError for one that does not fit it."""
+    from omniid.generate.loading import load_loras
+
+    load_loras(pipeline, loras)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
 
 
 @torch.no_grad()

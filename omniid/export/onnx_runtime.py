@@ -1,14 +1,63 @@
 """ONNX graphs in onnxruntime."""
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from omniid.export.onnx import ExportError, require
+from omniid.export.onnx import ExportError, read_metadata, require
+from omniid.export.runner import Runner
+
+TYPES = {
+    "tensor(float)": (torch.float32, 1),
+    "tensor(uint8)": (torch.uint8, 2),
+    "tensor(int64)": (torch.int64, 7),
+    "tensor(bool)": (torch.bool, 9),
+    "tensor(bfloat16)": (torch.bfloat16, 16),
+}
+"""onnxruntime's names to PyTorch's types and ONNX's numbers."""
+
+
+class OnnxRunner(Runner):
+    """An ONNX file in onnxruntime, which reads and writes the memory of PyTorch's tensors."""
+
+    def __init__(self, session, device: torch.device, metadata: dict[str, str]):
+        """device: where the session's inputs and outputs lie."""
+        self.session, self.device, self.metadata = session, device, metadata
+        self.numbers = {one.name: TYPES[one.type][1] for one in session.get_inputs()}
+        self.inputs = {one.name: TYPES[one.type][0] for one in session.get_inputs()}
+        self.outputs = [one.name for one in session.get_outputs()]
+
+    @classmethod
+    def open(cls, path: str | Path, provider: str = "cpu") -> "OnnxRunner":
+        """Raises ExportError as `read_metadata` and `open_session`."""
+        metadata = read_metadata(path)
+        return cls(open_session(path, provider=provider), torch.device(provider), metadata)
+
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        given = {name: inputs[name].detach().to(self.device, dtype).contiguous() for name, dtype in self.inputs.items()}
+        binding = self.session.io_binding()
+        for name, tensor in given.items():
+            binding.bind_input(name, self.device.type, 0, self.numbers[name], tuple(tensor.shape), tensor.data_ptr())
+        for name in self.outputs:
+            binding.bind_output(name, self.device.type)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # onnxruntime has a stream of its own
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime has an exception class for every kind of failure
+            raise ExportError(f"onnxruntime could not run this graph ({first_line(error)})") from error
+        return {name: torch.from_dlpack(value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+
+    def shape(self, name: str) -> tuple[int | None, ...]:
+        sizes = next(one.shape for one in self.session.get_inputs() if one.name == name)
+        return tuple(size if isinstance(size, int) else None for size in sizes)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def open_session(model, folder: str | Path | None = None, provider: str = "cpu"):
@@ -31,29 +80,39 @@ def open_session(model, folder: str | Path | None = None, provider: str = "cpu")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Folding quantise and dequantise nodes would replace what is to be proven.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+
+    def start(path: Path):
+        try:
+            return ort.InferenceSession(str(path), options, providers=[names[provider]])
+        except Exception as error:  # onnxruntime has an exception class for every kind of failure
+            raise ExportError(f"onnxruntime cannot run this graph ({first_line(error)})") from error
+
     if isinstance(model, (str, Path)):
-        model = ir.load(Path(model))
-    if provider == "cpu":
+        path = Path(model)
+        model = ir.load(path)
+        if provider != "cpu" or not widen(model):
+            return start(path)
+    elif provider == "cpu":
         widen(model)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnxruntime.") as temporary:
         path = Path(temporary) / "graph.onnx"
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
         ir.save(model, path, external_data="graph.onnx.data" if size > 1 << 28 else None)
-        try:
-            return ort.InferenceSession(str(path), options, providers=[names[provider]])
-        except Exception as error:  # onnxruntime has an exception class for every kind of failure
-            raise ExportError(f"onnxruntime cannot run this graph ({str(error).splitlines()[0]})") from error
+        return start(path)
 
 
-def widen(model) -> None:
-    """Makes every bf16 tensor and cast of an onnx_ir model fp32, in place: the values of its weights stay what they were."""
+def widen(model) -> bool:
+    """Makes every bf16 tensor and cast of an onnx_ir model fp32, in place: the values of its weights stay what they were.
+
+    Returns whether there was any.
+    """
     import onnx_ir as ir
 
-    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    narrow, wide, found = ir.DataType.BFLOAT16, ir.DataType.FLOAT, False
     for value in list(model.graph.initializers.values()):
         if value.dtype == narrow:
             value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
-            value.dtype = wide
+            value.dtype, found = wide, True
     for node in model.graph.all_nodes():
         for name, attribute in list(node.attributes.items()):
             if (
@@ -61,7 +120,7 @@ def widen(model) -> None:
                 and attribute.type == ir.AttributeType.INT
                 and attribute.as_int() == narrow
             ):
-                node.attributes[name] = ir.AttrInt64(name, int(wide))
+                node.attributes[name], found = ir.AttrInt64(name, int(wide)), True
             elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == narrow:
                 node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.as_tensor().numpy().astype(np.float32)))
         for value in node.outputs:
@@ -69,14 +128,5 @@ def widen(model) -> None:
                 value.dtype = wide
     for value in model.graph.inputs:
         if value.dtype == narrow:
-            value.dtype = wide
-
-
-def feed(session, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """The inputs of a session as arrays: those it has, bf16 as fp32."""
-    wanted = {one.name for one in session.get_inputs()}
-    return {
-        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().contiguous().numpy()
-        for name, tensor in inputs.items()
-        if name in wanted
-    }
+            value.dtype, found = wide, True
+    return found

@@ -130,6 +130,28 @@ def transformer_measures(
     return measures, latents, own_latents
 
 
+def picture_measures(reference: Tensor, got: Tensor, precision: str) -> list[Measure]:
+    """Pictures (B, 3, H, W) in [-1, 1] by PyTorch and by the export."""
+    return [
+        *each_measures(reference, got, "picture", precision),
+        Measure("PSNR of the pictures, dB", psnr(reference, got)),
+    ]
+
+
+def text_measures(reference: Tensor, got: Tensor, precision: str) -> list[Measure]:
+    """What a text encoder makes of B prompts (B, ...) by PyTorch and by the export."""
+    return each_measures(reference, got, "prompt", precision)
+
+
+def each_measures(reference: Tensor, got: Tensor, name: str, precision: str) -> list[Measure]:
+    """Any B things (B, ...) that `name` says, by PyTorch and by the export."""
+    cosine = torch.cosine_similarity(reference.flatten(1).double(), got.flatten(1).double(), dim=1)
+    return [
+        Measure(f"smallest cosine of a {name}", cosine.min().item(), at_least=LEAST_COSINE[precision]),
+        Measure("largest error of a value", (reference - got).abs().max().item()),
+    ]
+
+
 def psnr(wanted: Tensor, got: Tensor) -> float:
     """Of pictures in [-1, 1], in dB."""
     return (10 * torch.log10(4 / (wanted - got).square().mean().clamp(min=1e-12))).item()

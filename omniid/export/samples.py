@@ -3,6 +3,8 @@
 Calibration and judgement take different people.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omniid.export.graphs import Graph
 from omniid.models.flux import TextEmbedding, decode_latents, embed_text, image_ids, unpack_latents
 
 PHOTOS_OF_A_PERSON = (1, 3, 5, 2)
 """Photos of the first, second, ... person, and again from the start."""
 NUM_CALIBRATION, NUM_JUDGED = 8, 8
 SEED = 0
+PROMPTS = ["photo of a person", "photo of a woman who smiles, turned to the left", "an old man", "a child in red light"]
+"""That text encoders are judged by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +32,9 @@ class PhotoSets:
     judged: list[Tensor]
 
 
+@functools.lru_cache(maxsize=1)
 def photo_sets(size: int) -> PhotoSets:
-    """Aligned photos of synthetic people of fixed seeds, 1 to 5 of each."""
+    """Aligned photos of synthetic people of fixed seeds, 1 to 5 of each; not to be changed, for they are kept."""
     from omniid.evaluate.people import unseen_people
 
     people = unseen_people(NUM_CALIBRATION + NUM_JUDGED, max(PHOTOS_OF_A_PERSON), 1, size)
@@ -44,10 +50,25 @@ def random_tokens(count: int, num_tokens: int, width: int) -> Tensor:
     return F.layer_norm(torch.randn(count, num_tokens, width, generator=generator), (width,))
 
 
+def random_inputs(graph: Graph) -> dict[str, Tensor]:
+    """Inputs of a transformer's graph, of the sizes of its sample: a square picture halfway through its steps."""
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = {name: torch.randn(sample.shape, generator=generator) for name, sample in graph.inputs.items()}
+    side = math.isqrt(inputs["img_ids"].shape[0])
+    batch = len(inputs["timestep"])
+    fixed = {
+        "timestep": torch.full((batch,), 0.5),
+        "guidance": torch.full((batch,), 3.5),
+        "img_ids": image_ids(2 * side, 2 * side),
+        "id_scale": inputs["id_scale"].sigmoid(),
+    }
+    return inputs | {name: value for name, value in fixed.items() if name in inputs}
+
+
 class Drawing:
     """Euler steps of flow matching with any function that gives the velocity.
 
-    Shapes as of `TransformerGraph`; pictures are square, B of them, each of its own identity.
+    Shapes as of `TransformerGraph`; pictures are square, B of them, each of its own person (P is 1).
     """
 
     def __init__(
@@ -71,9 +92,9 @@ class Drawing:
             "pooled": self.text.pooled,
             "timestep": torch.full((self.batch,), time),
             "img_ids": image_ids(self.side, self.side),
-            "id_k": self.keys,
-            "id_v": self.values,
-            "id_scale": torch.ones(latents.shape[:2]),
+            "id_k": self.keys.unsqueeze(1),
+            "id_v": self.values.unsqueeze(1),
+            "id_scale": torch.ones(1, *latents.shape[:2]),
         }
         return inputs if self.guidance is None else inputs | {"guidance": self.guidance}
 

@@ -5,25 +5,22 @@ the GPU that the engine is for. Networks are strongly typed: precision is what t
 An engine is loaded only with the manifest that was written with it.
 """
 
-import hashlib
 import importlib
 import importlib.util
-import json
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from omniid.export.graphs import Profile
-from omniid.export.onnx import WEIGHTS_SUFFIX, ExportError
+from omniid.export.manifest import Entry, check, digest, note
+from omniid.export.onnx import ExportError
 from omniid.files import atomic_path
 
-MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
 RUNTIMES = {"rtx": ("tensorrt_rtx", "tensorrt-rtx"), "tensorrt": ("tensorrt", "tensorrt")}
 """Runtime to its module and its package."""
 TIMING_CACHE = "timing.cache"
@@ -48,28 +45,10 @@ class BuildOptions:
     """Leaves the weights out; refit the engine from the ONNX file before use."""
 
 
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """An engine's entry in the manifest."""
-
-    file: str
-    sha256: str
-    bytes: int
-    what: str
-    precision: str
-    runtime: str
-    """Package and version."""
-    targets: tuple[str, ...]
-    onnx_sha256: str
-    seconds: float
-    profiles: tuple[str, ...]
-    metadata: dict[str, str]
-
-
 def build_engine(
     onnx_file: str | Path, folder: str | Path, profiles: Sequence[Profile], metadata: dict[str, str],
     options: BuildOptions | None = None, progress: bool = True,
-) -> Engine:  # fmt: skip
+) -> Entry:  # fmt: skip
     """Builds an engine into `folder` and notes it in the folder's manifest.
 
     metadata: as in the ONNX file; names what and precision. The file's name tells content, runtime and targets.
@@ -114,9 +93,7 @@ def build_engine(
         raise ExportError(f"{package} could not build {onnx_file.name}: {logger.last or 'no reason given'}")
     seconds = time.perf_counter() - start
     blob = memoryview(blob)
-    digest = hashlib.sha256(blob).hexdigest()
-    version = trt.__version__
-    onnx_digest = _digest(onnx_file)
+    version, onnx_digest = trt.__version__, digest(onnx_file)
     what, precision = metadata["what"], metadata["precision"]
     kind = "stripped_" if options.stripped else ""
     name = f"{what}_{precision}_{onnx_digest[:8]}_{kind}{package}-{version}_{'+'.join(targets)}.engine"
@@ -126,13 +103,14 @@ def build_engine(
     if cache is not None:
         with atomic_path(folder / TIMING_CACHE) as temporary:
             Path(temporary).write_bytes(memoryview(config.get_timing_cache().serialize()))
-    engine = Engine(
-        file=name, sha256=digest, bytes=len(blob), what=what, precision=precision, runtime=f"{package} {version}",
-        targets=targets, onnx_sha256=onnx_digest, seconds=round(seconds, 2), profiles=tuple(p.name for p in profiles),
-        metadata=dict(metadata),
+    entry = Entry(
+        file=name, sha256=digest(folder / name), bytes=len(blob), what=what, precision=precision,
+        runtime=f"{package} {version}", seconds=round(seconds, 2), metadata=dict(metadata), targets=targets,
+        onnx_sha256=onnx_digest, profiles=tuple(profile.name for profile in profiles),
+        stripped=options.stripped,
     )  # fmt: skip
-    _note(folder, engine)
-    return engine
+    note(folder, entry)
+    return entry
 
 
 def runtime_module(wish: str = "auto"):
@@ -148,38 +126,21 @@ def runtime_module(wish: str = "auto"):
     raise ExportError(f"{packages} is not installed; install it with: pip install 'omniid[export]'")
 
 
-def check_engine(path: str | Path) -> Engine:
-    """The manifest's entry of an engine file, after comparing both.
-
-    Raises ExportError where the file or its manifest is missing, or they differ: an engine is code, and only the one that
-    was built is run.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ExportError(f"{path} does not exist; build it with: omniid export trt")
-    manifest = path.parent / MANIFEST
-    if not manifest.is_file():
-        raise ExportError(f"{path.name} has no {MANIFEST} beside it; copy both, or build the engine again")
-    try:
-        entry = _read(manifest).get(path.name)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{manifest} is damaged ({error}); build the engines again") from error
-    if entry is None:
-        raise ExportError(f"{MANIFEST} does not list {path.name}; build the engine again")
-    if entry.sha256 != _digest(path):
-        raise ExportError(f"{path.name} is not the file that {MANIFEST} describes; copy or build it again")
-    return entry
-
-
 def open_engine(path: str | Path):
-    """(runtime module, deserialised engine) on this machine's GPU.
+    """(runtime module, deserialised engine, its entry in the manifest) on this machine's GPU.
 
-    Raises ExportError as `check_engine`, and where there is no GPU, or the engine is of another runtime version or GPU.
+    Raises ExportError as `manifest.check`, and where there is no GPU, or the engine is of another runtime version or GPU.
     """
     import torch
 
     path = Path(path)
-    entry = check_engine(path)
+    entry = check(path)
+    if entry.is_onnx:
+        raise ExportError(f"{path.name} is no engine; run it with --runtime onnx")
+    if entry.stripped:
+        raise ExportError(
+            f"{path.name} was built without its weights; refit it with the runtime's own API, or build it without --stripped"
+        )
     if not torch.cuda.is_available():
         raise ExportError(
             f"{path.name} runs on an NVIDIA GPU and this machine has none; use an ONNX file with --runtime onnx"
@@ -200,7 +161,7 @@ def open_engine(path: str | Path):
     engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise ExportError(f"{package} cannot load {path.name}: {logger.last}")
-    return trt, engine
+    return trt, engine, entry
 
 
 def weights_in_engine(engine_file: str | Path, onnx_file: str | Path) -> dict[str, str]:
@@ -263,37 +224,6 @@ def _use_timing_cache(config, folder: Path):
     cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
     config.set_timing_cache(cache, ignore_mismatch=True)
     return cache
-
-
-def _note(folder: Path, engine: Engine) -> None:
-    manifest = folder / MANIFEST
-    entries = _read(manifest) if manifest.is_file() else {}
-    entries[engine.file] = engine
-    table = {"version": MANIFEST_VERSION, "engines": {name: asdict(entry) for name, entry in sorted(entries.items())}}
-    with atomic_path(manifest) as temporary:
-        Path(temporary).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
-def _read(manifest: Path) -> dict[str, Engine]:
-    table = json.loads(manifest.read_text(encoding="utf-8"))
-    if table["version"] > MANIFEST_VERSION:
-        raise ValueError(f"version {table['version']}, this omniid reads up to {MANIFEST_VERSION}")
-    tuples = ("targets", "profiles")
-    return {
-        name: Engine(**{key: tuple(value) if key in tuples else value for key, value in entry.items()})
-        for name, entry in table["engines"].items()
-    }
-
-
-def _digest(path: Path) -> str:
-    """sha256 of a file, and of the weights beside it where it has some."""
-    digest = hashlib.sha256()
-    for part in (path, path.with_name(path.name + WEIGHTS_SUFFIX)):
-        if part.is_file():
-            with open(part, "rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 def _logger(trt):

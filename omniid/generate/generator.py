@@ -202,8 +202,6 @@ class Generator:
         image_strength: float = 0.6,
     ) -> "list[Image]":
         """Runs the pipeline: one prompt for all seeds, or one for each."""
-        from omniid.models.identity_adapter import attach_identities
-
         defaults = self.defaults
         steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         if steps < 1:
@@ -234,7 +232,7 @@ class Generator:
                 len(seeds),
                 getattr(self.pipeline.vae, "use_tiling", False),
             ),
-            attach_identities(self.pipeline.transformer, uses, guidance=guidance, negative=negative),
+            self._attached(uses, guidance, negative),
         ):
             set_strengths(0, steps)
             drawn = pipeline(
@@ -258,6 +256,12 @@ class Generator:
             )
         processor = self.pipeline.image_processor
         return blacken_unsafe(self.pipeline, processor.numpy_to_pil(processor.pt_to_numpy(drawn.float())))
+
+    def _attached(self, uses: "list[IdentityUse]", guidance: float, negative: "Sequence[IdentityUse]"):
+        """A context in which the transformer draws the identities."""
+        from omniid.models.identity_adapter import attach_identities
+
+        return attach_identities(self.pipeline.transformer, uses, guidance=guidance, negative=negative)
 
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         width, height = width or self.defaults.image_size, height or self.defaults.image_size
@@ -317,14 +321,17 @@ class Generator:
         identity.check_encoder(self.adapter.encoder_fingerprint)
         key = identity.tokens.float().numpy().tobytes()
         if key not in self._projected:
-            weight = self.adapter.to_k_id[0].weight
-            tokens = identity.tokens.to(weight.device, weight.dtype).unsqueeze(0)
-            kv = self.adapter.project(tokens)
+            kv = self._keys_values(identity.tokens.unsqueeze(0))
             self._projected[key] = kv.to(self.pipeline._execution_device, self.pipeline.transformer.dtype)
             if len(self._projected) > KEPT_IDENTITIES:
                 self._projected.popitem(last=False)
         self._projected.move_to_end(key)
         return self._projected[key]
+
+    def _keys_values(self, tokens: Tensor) -> "IdentityKV":
+        """Of codes (B, L, C) on the CPU."""
+        weight = self.adapter.to_k_id[0].weight
+        return self.adapter.project(tokens.to(weight.device, weight.dtype))
 
 
 def _check_prompt(prompt: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from omniid.config import load_preset
+from omniid.config import BaseConfig, load_preset
 from omniid.errors import OmniIDError
 from omniid.generate.compilation import check_compile, compile_transformer
 from omniid.generate.errors import GenerateError
@@ -59,10 +59,7 @@ def load_generator(
         loaded = IdentityAdapter.load(adapter or folder / "adapter.safetensors", at)
         options = {"quantization_config": bitsandbytes_settings()} if placement.precision == "nf4" else {}
         pipeline = load_base(path, placement.dtype, **options)
-        for index, (source, _) in enumerate(loras):
-            _load_lora(pipeline, source, f"lora{index}")
-        if loras:
-            pipeline.set_adapters([f"lora{index}" for index in range(len(loras))], [weight for _, weight in loras])
+        load_loras(pipeline, loras)
         control = None
         beside = folder / "controlnet"
         if controlnet is not None or (beside.is_dir() and base is None):
@@ -74,16 +71,19 @@ def load_generator(
         pipeline.vae.enable_tiling()
     if compile_mode is not None:
         compile_transformer(pipeline.transformer, compile_mode)
-    defaults = GenerateDefaults(
+    generator = Generator(pipeline, loaded, defaults_of(preset), control)
+    generator.placement = placement
+    return generator
+
+
+def defaults_of(preset: BaseConfig) -> GenerateDefaults:
+    return GenerateDefaults(
         image_size=preset.image_size,
         num_inference_steps=preset.num_inference_steps,
         guidance_scale=preset.guidance_scale,
         id_guidance=preset.id_guidance,
         max_sequence_length=preset.max_sequence_length,
     )
-    generator = Generator(pipeline, loaded, defaults, control)
-    generator.placement = placement
-    return generator
 
 
 def _place(pipeline, placement: Placement, device: str | torch.device) -> None:
@@ -93,6 +93,14 @@ def _place(pipeline, placement: Placement, device: str | torch.device) -> None:
         pipeline.enable_sequential_cpu_offload(device=device)
     else:
         pipeline.to(device)
+
+
+def load_loras(pipeline, loras: Sequence[tuple[str, float]]) -> None:
+    """Adds LoRAs, files or hub names each with its weight, to a pipeline. Raises OmniIDError for one that does not fit it."""
+    for index, (source, _) in enumerate(loras):
+        _load_lora(pipeline, source, f"lora{index}")
+    if loras:
+        pipeline.set_adapters([f"lora{index}" for index in range(len(loras))], [weight for _, weight in loras])
 
 
 def _load_lora(pipeline, source: str, name: str) -> None:

@@ -44,8 +44,14 @@ class Weights:
     loras: tuple[tuple[str, float], ...] = ()
     precision: str = "auto"
     tiling: bool = False
+    engine: str | None = None
+    """Folder of exports that draw instead of the base's transformer."""
+    runtime: str | None = None
+    """What runs them."""
 
     def load(self, offload: str, compile_mode: str | None):
+        if self.engine is not None:
+            return self._load_exported(offload, compile_mode)
         return load_generator(
             self.preset,
             base=self.base,
@@ -56,6 +62,23 @@ class Weights:
             loras=self.loras,
             compile_mode=compile_mode,
             tiling=self.tiling,
+        )
+
+    def _load_exported(self, offload: str, compile_mode: str | None):
+        from omniid.generate.exported import load_exported_generator
+
+        wrong = {
+            "--lora": (self.loras, "merge it with: omniid export --lora"),
+            "--controlnet": (self.controlnet, "leave one of them out"),
+            "--offload": (offload not in ("auto", "none"), "an exported transformer stays where it runs"),
+            "--compile": (compile_mode, "an exported transformer is not compiled again"),
+            "--tiling": (self.tiling, "an exported autoencoder decodes whole pictures"),
+        }
+        for option, (is_given, remedy) in wrong.items():
+            if is_given:
+                raise GenerateError(f"{option} cannot be used with --engine; {remedy}")
+        return load_exported_generator(
+            self.engine, self.preset, self.base, self.adapter, runtime=self.runtime, precision=self.precision
         )
 
 

@@ -1,4 +1,4 @@
-"""omniid export and what takes its files: encode --engine."""
+"""omniid export, and files that encode --engine refuses."""
 
 import json
 import shutil
@@ -10,7 +10,6 @@ from safetensors import safe_open
 
 from omniid.cli.main import main
 from omniid.export import parity
-from omniid.identity import Identity
 from omniid.models.identity_adapter import IdentityAdapter
 
 pytest.importorskip("onnxscript", reason="export needs pip install 'omniid[export]'")
@@ -21,34 +20,13 @@ def run(*arguments):
     return CliRunner().invoke(main, list(map(str, arguments)))
 
 
-@pytest.fixture(scope="module")
-def encoder(tiny_weights, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported")
-    result = run("export", "onnx", "--what", "encoder", "--preset", tiny_weights, "-o", folder, "--json")
-    assert result.exit_code == 0, result.output
-    facts = json.loads(result.stdout)
-    assert facts["passed"] and facts["notes"]["bytes"] == (folder / facts["file"]).stat().st_size
-    return folder / facts["file"]
-
-
-def test_encode_takes_an_exported_encoder(encoder, tiny_weights, tmp_path, test_data):
-    photo = test_data / "casual" / "lisa1.jpg"
-    ours, theirs = tmp_path / "ours.pt", tmp_path / "theirs.pt"
-    assert run("encode", photo, "-o", ours, "--preset", tiny_weights).exit_code == 0
-    result = run("encode", photo, "-o", theirs, "--engine", encoder)
-    assert result.exit_code == 0, result.output
-    ours, theirs = Identity.load(ours), Identity.load(theirs)
-    assert ours.encoder == theirs.encoder
-    torch.testing.assert_close(ours.tokens, theirs.tokens, rtol=1e-4, atol=1e-4)
-
-
 def test_files_that_cannot_run_are_one_sentence(tmp_path):
     (tmp_path / "photo.jpg").touch()
     photo_is_there = str(tmp_path / "photo.jpg")
     for arguments, message in (
         (["--engine", tmp_path / "none.onnx"], "does not exist"),
         (["--engine", tmp_path / "none.engine"], "does not exist"),
-        (["--engine", photo_is_there, "--runtime", "onnx"], "no exported encoder"),
+        (["--engine", photo_is_there, "--runtime", "onnx"], "no export of omniid"),
         (["--runtime", "onnx"], "name one"),
     ):
         result = run("encode", photo_is_there, "-o", tmp_path / "id.pt", *arguments)
@@ -56,9 +34,14 @@ def test_files_that_cannot_run_are_one_sentence(tmp_path):
     assert not (tmp_path / "id.pt").exists()
 
 
-def test_an_export_that_differs_exits_with_1(tiny_weights, tmp_path, monkeypatch):
+def test_an_export_is_reported_and_one_that_differs_exits_with_1(tiny_weights, tmp_path, monkeypatch):
+    options = ["export", "onnx", "--what", "adapter", "--preset", tiny_weights, "-o", tmp_path]
+    result = run(*options, "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["passed"] and facts["notes"]["bytes"] == (tmp_path / facts["file"]).stat().st_size
     monkeypatch.setitem(parity.LEAST_COSINE, "fp32", 1.1)
-    result = run("export", "onnx", "--what", "adapter", "--preset", tiny_weights, "-o", tmp_path)
+    result = run(*options)
     assert result.exit_code == 1
     assert "FAILED" in result.output and "differs from PyTorch" in result.output
 

@@ -1,18 +1,26 @@
 """ONNX exports: what they compute, for any number of photos, identities and strengths, and what they refuse."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
-from omniid.export.exported_encoder import OnnxEncoder
-from omniid.export.graphs import adapter_graph
-from omniid.export.job import Request, export_part
+from omniid.cli.main import main
+from omniid.export.exported_encoder import ExportedEncoder
+from omniid.export.graphs import adapter_graph, transformer_graph
+from omniid.export.job import Request, export_part, merge_loras, velocity_of
+from omniid.export.manifest import MANIFEST
 from omniid.export.onnx import ExportError, export_onnx, read_metadata
-from omniid.export.onnx_runtime import feed, open_session
-from omniid.export.samples import Drawing
+from omniid.export.onnx_runtime import OnnxRunner
+from omniid.export.runner import open_runner
+from omniid.export.samples import Drawing, random_inputs
+from omniid.generate.loading import load_loras
+from omniid.identity import Identity
 from omniid.models.encoder import load_encoder
 from omniid.models.flux import load_base
-from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, IdentityUse, attach_identities
+from omniid.models.identity_adapter import IdentityAdapter
 
 pytestmark = pytest.mark.slow
 
@@ -34,12 +42,12 @@ def test_an_encoder_takes_any_number_of_photos_and_identities(trained, exported,
     encoder, sets = load_encoder(trained), photos(*counts)
     export = exported("encoder", form=form)
     assert export.report.passed, str(export.report)
-    codes = OnnxEncoder(export.path).codes(sets)
+    codes = ExportedEncoder(export.path).codes(sets)
     torch.testing.assert_close(codes, by_torch(encoder, sets), rtol=1e-4, atol=1e-4)
 
 
 def test_the_order_of_photos_and_neighbours_change_nothing(exported):
-    encoder = OnnxEncoder(exported("encoder").path)
+    encoder = ExportedEncoder(exported("encoder").path)
     first, second = photos(3, 2)
     alone = encoder.codes([first])
     torch.testing.assert_close(encoder.codes([first.flip(0)]), alone, rtol=1e-5, atol=1e-5)
@@ -48,9 +56,23 @@ def test_the_order_of_photos_and_neighbours_change_nothing(exported):
 
 def test_an_identity_from_an_export_is_of_the_same_encoder(trained, exported):
     crops = [one.permute(1, 2, 0).numpy() for one in photos(3)[0]]
-    ours, theirs = load_encoder(trained).encode_crops(crops), OnnxEncoder(exported("encoder").path).encode_crops(crops)
+    ours, theirs = (
+        load_encoder(trained).encode_crops(crops),
+        ExportedEncoder(exported("encoder").path).encode_crops(crops),
+    )
     assert (theirs.encoder, theirs.preset, theirs.num_images) == (ours.encoder, ours.preset, 3)
     torch.testing.assert_close(theirs.tokens, ours.tokens, rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_encodes_with_an_export(trained, exported, tmp_path, test_data):
+    photo = test_data / "casual" / "lisa1.jpg"
+    files = [tmp_path / "ours.pt", tmp_path / "theirs.pt"]
+    for file, options in zip(files, (["--preset", trained], ["--engine", exported("encoder").path]), strict=True):
+        result = CliRunner().invoke(main, list(map(str, ["encode", photo, "-o", file, *options])))
+        assert result.exit_code == 0, result.output
+    ours, theirs = map(Identity.load, files)
+    assert ours.encoder == theirs.encoder
+    torch.testing.assert_close(ours.tokens, theirs.tokens, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
@@ -91,47 +113,76 @@ def drawing(trained, tiny):
     return pipeline, Drawing(pipeline, kv.keys, kv.values, "photo of a person", base.image_size, 24, 3.5)
 
 
-@pytest.mark.parametrize("scale", ["none", "strong", "left half"])
-def test_one_transformer_serves_every_strength_and_region(exported, drawing, scale):
+@pytest.fixture(scope="module")
+def runner(exported):
+    assert exported("transformer").report.passed, str(exported("transformer").report)
+    return open_runner(exported("transformer").path)
+
+
+@pytest.mark.parametrize("scale", ["none", "strong", "two people in halves"])
+def test_one_transformer_serves_every_strength_region_and_number_of_people(runner, drawing, scale):
     pipeline, steps = drawing
-    export = exported("transformer")
-    assert export.report.passed, str(export.report)
-    session = open_session(export.path)
     inputs = steps.inputs(steps.noise, 0.7)
-    shape = inputs["id_scale"].shape
-    strength = {"none": torch.zeros(shape), "strong": torch.full(shape, 2.0), "left half": torch.zeros(shape)}[scale]
-    if scale == "left half":
-        strength[:, : shape[1] // 2] = 1.0
-    inputs["id_scale"] = strength
-    got = torch.from_numpy(session.run(None, feed(session, inputs))[0])
-    use = IdentityUse(IdentityKV(inputs["id_k"], inputs["id_v"]), strength)
-    arguments = {
-        "hidden_states": inputs["latents"], "encoder_hidden_states": inputs["text"], "pooled_projections": inputs["pooled"],
-        "timestep": inputs["timestep"], "guidance": inputs.get("guidance"), "img_ids": inputs["img_ids"],
-        "txt_ids": torch.zeros(inputs["text"].shape[1], 3), "return_dict": False,
-    }  # fmt: skip
-    with torch.no_grad():
-        plain = pipeline.transformer(**arguments)[0]
-        with attach_identities(pipeline.transformer, [use]):
-            wanted = pipeline.transformer(**arguments)[0]
+    if scale == "two people in halves":
+        inputs |= {name: torch.cat([inputs[name], inputs[name].flip(2)], dim=1) for name in ("id_k", "id_v")}
+        left = (torch.arange(inputs["latents"].shape[1]) < 2).float().expand(inputs["latents"].shape[:2])
+        inputs["id_scale"] = torch.stack([left, 0.5 * (1 - left)])
+    else:
+        inputs["id_scale"] = torch.full_like(inputs["id_scale"], {"none": 0.0, "strong": 2.0}[scale])
+    got = runner.run(inputs)["velocity"]
+    wanted = velocity_of(pipeline.transformer)(inputs)
+    plain = velocity_of(pipeline.transformer)(inputs | {"id_scale": torch.zeros_like(inputs["id_scale"])})
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
     if scale != "none":
         assert (plain - wanted).abs().max() > 0.01  # or the identity's inputs would prove nothing
-    else:
-        torch.testing.assert_close(got, plain, rtol=1e-3, atol=1e-4)
 
 
-def test_a_transformer_takes_pictures_of_other_sizes(exported, drawing):
+def test_a_transformer_takes_pictures_of_other_sizes(runner, drawing):
     _, steps = drawing
-    session = open_session(exported("transformer").path)
     inputs = steps.inputs(steps.noise, 0.5)
     channels = steps.noise.shape[2]
-    inputs = {
-        name: value[:, :1] if name in ("id_k", "id_v") else value if name == "img_ids" else value[:1]
-        for name, value in inputs.items()
-    }
-    inputs |= {"latents": torch.randn(1, 12, channels), "id_scale": torch.ones(1, 12), "img_ids": torch.zeros(12, 3)}
-    assert session.run(None, feed(session, inputs))[0].shape == (1, 12, channels)
+    one = {name: value[:, :, :1] if name in ("id_k", "id_v") else value[:1] for name, value in inputs.items()}
+    one |= {"latents": torch.randn(1, 12, channels), "id_scale": torch.ones(1, 1, 12), "img_ids": torch.zeros(12, 3)}
+    assert runner.run(one)["velocity"].shape == (1, 12, channels)
+    with pytest.raises(ExportError, match="could not run"):
+        runner.run(one | {"id_scale": torch.ones(1, 1, 11)})
+
+
+def test_a_streamed_transformer_is_the_same(trained, exported, runner, drawing, tmp_path):
+    export = export_part(Request("transformer", str(trained), "bf16", streamed=True), tmp_path)
+    assert export.report.passed, str(export.report)
+    inputs = drawing[1].inputs(drawing[1].noise, 0.7)
+    got, wanted = (one.run(inputs)["velocity"] for one in (open_runner(export.path), runner))
+    assert torch.cosine_similarity(got.flatten(), wanted.flatten(), dim=0) > 0.999
+    assert read_metadata(export.path)["weights"] == read_metadata(exported("transformer").path)["weights"]
+    assert {path.name for path in tmp_path.iterdir()} == {export.path.name, MANIFEST}
+
+
+def test_streamed_weights_that_do_not_belong_are_refused(trained, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = tmp_path / "weights"
+    shutil.copytree(trained, weights)
+    (file,) = (weights / "base" / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["proj_out.weight"] = tensors["proj_out.weight"][:, :-1].contiguous()
+    save_file(tensors, file)
+    with pytest.raises(ExportError, match=r"do not fit.*proj_out\.weight"):
+        export_part(Request("transformer", str(weights), streamed=True), tmp_path / "out")
+    for bad in (Request("encoder", streamed=True), Request("transformer", precision="fp8", streamed=True)):
+        with pytest.raises(ExportError, match="streamed"):
+            export_part(bad, tmp_path / "out")
+
+
+def test_a_lora_is_merged_into_the_weights_before_the_export(drawing_weights, lora_file):
+    plain, merged, attached = (load_base(drawing_weights / "base") for _ in range(3))
+    merge_loras(merged, ((lora_file, 0.5),))
+    load_loras(attached, ((lora_file, 0.5),))
+    assert merged.transformer.state_dict().keys() == plain.transformer.state_dict().keys()
+    inputs = random_inputs(transformer_graph(plain.transformer, 6, 32, 24))
+    none, got, wanted = (velocity_of(one.transformer)(inputs) for one in (plain, merged, attached))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert (none - got).abs().max() > 1e-3
 
 
 def test_a_transformer_in_fp8_keeps_its_sensitive_layers(exported):
@@ -155,26 +206,54 @@ def test_without_photos_or_with_too_old_an_opset_nothing_is_written(trained, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_an_operation_without_translation_is_one_sentence(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("operation", r"aten\.strange is unsupported.*use opset 20"),
+        ("memory", "too little memory to export the adapter"),
+    ],
+)
+def test_what_torch_cannot_export_is_one_sentence(trained, tmp_path, monkeypatch, kind, message):
     from torch.onnx import errors
 
     def fail(*args, **kwargs):
+        if kind == "memory":
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
         raise errors.OnnxExporterError("no translation for aten.strange") from ValueError("aten.strange is unsupported")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(ExportError, match=r"aten\.strange is unsupported.*use opset 20"):
+    with pytest.raises(ExportError, match=message):
         export_onnx(adapter_graph(IdentityAdapter.load(trained / "adapter.safetensors"), 6), tmp_path / "a.onnx", {})
     assert not list(tmp_path.iterdir())
 
 
+def test_tensors_in_bf16_reach_onnxruntime_as_they_are(tmp_path):
+    """As they must on a GPU, where graphs are not widened."""
+    import onnx_ir as ir
+    import onnxruntime
+
+    narrow = ir.Value(name="x", type=ir.TensorType(ir.DataType.BFLOAT16), shape=ir.Shape([3]))
+    node = ir.node("Cast", [narrow], {"to": int(ir.DataType.FLOAT)})
+    node.outputs[0].name = "y"
+    node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([3])
+    model = ir.Model(ir.Graph([narrow], node.outputs, nodes=[node], opset_imports={"": 20}), ir_version=10)
+    ir.save(model, tmp_path / "cast.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "cast.onnx")
+    runner = OnnxRunner(session, torch.device("cpu"), {})
+    values = torch.tensor([1.0, -2.5, 3.1])
+    assert runner.run({"x": values})["y"].tolist() == values.bfloat16().float().tolist()
+
+
 def test_files_from_elsewhere_are_refused(exported, tmp_path):
     with pytest.raises(ExportError, match="no exported encoder"):
-        OnnxEncoder(exported("adapter").path)
+        ExportedEncoder(exported("adapter").path)
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(np.random.default_rng(0).bytes(1000))
     with pytest.raises(ExportError, match="damaged"):
-        OnnxEncoder(broken)
+        ExportedEncoder(broken)
     with pytest.raises(ExportError, match="does not exist"):
-        OnnxEncoder(tmp_path / "missing.onnx")
+        ExportedEncoder(tmp_path / "missing.onnx")
     with pytest.raises(ExportError, match="onnxruntime-gpu"):
-        OnnxEncoder(exported("encoder").path, provider="cuda")
+        ExportedEncoder(exported("encoder").path, "onnx-cuda")
