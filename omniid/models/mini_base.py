@@ -6,12 +6,11 @@ are FLUX's own. The tokenizers are built from a word list: listed words are one 
 by its characters.
 """
 
-import json
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
@@ -141,19 +140,39 @@ def build_t5_text_encoder(sizes: BaseSizes, tokenizer: T5TokenizerFast) -> T5Enc
 def build_clip_tokenizer(words: Sequence[str], max_length: int) -> CLIPTokenizer:
     """Byte-level BPE whose merges run until every word of `words` is one token; any text can be written with it."""
     alphabet = sorted(ByteLevel.alphabet())
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trainer = trainers.BpeTrainer(
-        vocab_size=1_000_000,  # no limit: merging ends when all words are single tokens
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    # One word a text and no splitting: each is seen once, so that merges do not depend on word counts.
-    trained.train_from_iterator(_lowercase_unique(words), trainer)
-    merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *dict.fromkeys(a + b for a, b in merges)]
+    merges = merges_of(_lowercase_unique(words))
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+
+
+def merges_of(words: Sequence[str]) -> list[tuple[str, str]]:
+    """BPE merges, in their order, that make each of some words of ASCII letters one token.
+
+    A word takes the merges of those before it and adds its own at the end, which cannot change theirs: the earliest merge
+    that applies comes first. The trainer of the tokenizers package orders merges of equal count differently in every run.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pairs = list(pairwise(parts))
+            pair = min(pairs, key=lambda one: ranks.get(one, len(ranks)))
+            ranks.setdefault(pair, len(ranks))
+            parts = _merged(parts, pair)
+    return list(ranks)
+
+
+def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for part in parts:
+        # A part that was merged just now is longer than pair[0] or ends the word, so that it is not merged twice.
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
 
 
 def build_t5_tokenizer(words: Sequence[str], max_length: int) -> T5TokenizerFast:

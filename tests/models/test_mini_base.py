@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from omniid.config import BaseSizes, ConfigError
+from omniid.data.synthetic import CAPTION_WORDS
 from omniid.models.flux import (
     decode_latents,
     embed_text,
@@ -16,7 +17,7 @@ from omniid.models.flux import (
     predict_velocity,
     unpack_latents,
 )
-from omniid.models.mini_base import build_base, copy_case
+from omniid.models.mini_base import build_base, build_clip_tokenizer, copy_case, merges_of
 from omniid.train.base import save_base
 
 SIZES = BaseSizes(
@@ -75,6 +76,14 @@ def test_the_seed_decides_the_weights_and_the_global_state_is_left_alone():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_merges_make_every_word_one_token_in_an_order_that_is_always_the_same():
+    assert merges_of(["an", "banana", "nan"]) == [
+        ("a", "n</w>"), ("b", "a"), ("ba", "n"), ("ban", "a"), ("bana", "n"), ("banan", "a</w>"), ("n", "an</w>"),
+    ]  # fmt: skip
+    tokenizer = build_clip_tokenizer(CAPTION_WORDS, 32)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in CAPTION_WORDS)
 
 
 def test_listed_words_are_one_token_and_all_others_are_spelled(pipeline):
