@@ -131,8 +131,8 @@ if (DATA / "face_model").is_dir():
 report(
     "faces",
     [row | parts() | errors],
-    f"Backend {arguments.faces}, {CORES} cores, medians of {ROUNDS} turns over all photos: JPEG to crop of {SIZE} px, mask, 66 "
-    "landmarks, pose, quality and embedding; mean errors of pose in degrees on synthetic heads and on heads re-rendered from "
-    "photos. Targets: 15 photos/s at 640 px, 3 degrees.",
+    f"Backend {arguments.faces.split(':')[0]}, {CORES} cores, medians of {ROUNDS} turns over all photos: JPEG to crop of "
+    f"{SIZE} px, mask, 66 landmarks, pose, quality and embedding; mean errors of pose in degrees on synthetic heads and on "
+    "heads re-rendered from photos. Targets: 15 photos/s at 640 px, 3 degrees.",
     parser,
 )
