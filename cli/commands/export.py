@@ -169,7 +169,8 @@ def fp8_command(preset: str, output: str, as_json: bool) -> None:
 
 
 def _export(what, preset, folder, form, loras, opset, random_weights, streamed, precision, as_json):
-    from omniid.export.job import Request, export_part
+    from omniid.export.job import export_part
+    from omniid.export.request import Request
 
     request = Request(what, preset, precision, form, opset, random_weights, loras=loras, streamed=streamed)
     return export_part(request, folder, lambda text: click.echo(text, err=True))

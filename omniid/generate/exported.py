@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from omniid.config import load_preset
 from omniid.export.fingerprints import base_folder, files_fingerprint
 from omniid.export.folder import choose_files
-from omniid.export.job import PART_FOLDERS
+from omniid.export.parts import PART_FOLDERS
 from omniid.export.runner import Runner, open_runner
 from omniid.generate.errors import GenerateError
 from omniid.generate.generator import Generator

@@ -28,6 +28,7 @@ PRACTICAL = (
         "accumulation",
         "memory",
         "compile",
+        "compile_mode",
         "log_every",
         "save_every",
         "sample_every",

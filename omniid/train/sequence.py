@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from omniid.errors import OmniIDError
 from omniid.files import atomic_path
 from omniid.train.profile_data import profile_stage
 from omniid.train.run import run_stage
@@ -96,15 +97,18 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     wishes = parser.parse_args()
-    finished = train_sequence(
-        wishes.preset,
-        wishes.data,
-        wishes.runs,
-        wishes.weights,
-        hours=wishes.hours,
-        overrides=wishes.overrides,
-        device=wishes.device,
-    )
+    try:
+        finished = train_sequence(
+            wishes.preset,
+            wishes.data,
+            wishes.runs,
+            wishes.weights,
+            hours=wishes.hours,
+            overrides=wishes.overrides,
+            device=wishes.device,
+        )
+    except OmniIDError as error:
+        sys.exit(f"Error: {error}")
     if not finished:
         print("stopped and saved; the same command goes on", file=sys.stderr)
 

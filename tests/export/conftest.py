@@ -35,7 +35,8 @@ def trained(tiny_weights, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(trained, tmp_path_factory):
     """`exported(what, precision, ...)`: the part's export, made once for all tests."""
-    from omniid.export.job import Request, export_part
+    from omniid.export.job import export_part
+    from omniid.export.request import Request
 
     folder, made = tmp_path_factory.mktemp("exported"), {}
 

@@ -10,10 +10,12 @@ from click.testing import CliRunner
 from omniid.cli.main import main
 from omniid.export.exported_encoder import ExportedEncoder
 from omniid.export.graphs import adapter_graph, transformer_graph
-from omniid.export.job import Request, export_part, merge_loras, velocity_of
+from omniid.export.job import export_part
 from omniid.export.manifest import MANIFEST
 from omniid.export.onnx import ExportError, export_onnx, read_metadata
 from omniid.export.onnx_runtime import OnnxRunner
+from omniid.export.parts import merge_loras, velocity_of
+from omniid.export.request import Request
 from omniid.export.runner import open_runner
 from omniid.export.samples import Drawing, random_inputs
 from omniid.generate.loading import load_loras

@@ -63,3 +63,10 @@ def test_time_is_shared_out_once_by_the_speed_of_each_stage(tmp_path, monkeypatc
         "flow": [["train.flow.steps=10800"]],
         "control": [["train.control.steps=9000"]],
     }
+
+
+def test_missing_records_are_one_sentence(tmp_path, monkeypatch):
+    arguments = ["--data", tmp_path / "none", "--runs", tmp_path / "runs", "--weights", tmp_path / "weights"]
+    monkeypatch.setattr("sys.argv", ["sequence", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="holds no records"):
+        sequence.main()
