@@ -14,7 +14,6 @@ EYE_SIZE = 64
 """Texels along a side of an eye's texture."""
 EYE_SPAN = 0.30
 """Decimetres along a side: a little more than an eyeball."""
-IRIS = 0.059  # decimetres, radius; much the same in all people
 
 OPENINGS = (
     (33, 246, 161, 160, 159, 158, 157, 173, 133, 155, 154, 153, 145, 144, 163, 7),
