@@ -220,8 +220,8 @@ class StageConfig:
     """Mtd and flow stages only: the encoder's learning rate relative to the decoder's or adapter's; 0 freezes it and saves
     its backward."""
     cache_latents: bool = False
-    """Flow and control stages only: latents of all photos and the prompt's embedding are computed once and kept on disk; no
-    step runs the autoencoder's encoder or reads target photos. Worth it where photos are seen many times."""
+    """Flow, control and recogniser stages only: latents of all photos and the prompt's embedding are computed once and kept on
+    disk; no step runs the autoencoder's encoder or reads target photos. Worth it where photos are seen many times."""
     cache_folder: str = ""
     """Where they are kept, for all runs that name it; empty means RUN/cache."""
     conditioning_dropout: float = 0.0
@@ -232,9 +232,10 @@ class StageConfig:
     keep_controlnet: bool = False
     """T2i stage only: a frozen landmark ControlNet tells the pose while training; pictures are drawn without it."""
     identity_loss_weight: float = 0.0
-    """T2i stage only: weight of the identity loss beside Eq. 7; 0 leaves it out, as the paper does."""
+    """Flow, control and t2i stages: weight of the identity loss beside Eq. 7; 0 leaves it out, as the paper does."""
     recogniser: str = ""
-    """T2i stage only: file of the recogniser for the identity loss, saved by torch.export.save."""
+    """File of the recogniser for the identity loss: `recogniser.safetensors` of stage `recogniser`, which reads latents, or
+    one of pictures saved by torch.export.save."""
     autoencoder_steps: int = 0
     """Base stage only: steps of the autoencoder, trained before the transformer."""
     log_every: int = 20
@@ -285,7 +286,7 @@ class StageConfig:
         _require(self.timestep_shift > 0, f"timestep_shift must be above 0, got {self.timestep_shift}")
         _require(
             self.identity_loss_weight == 0 or self.recogniser != "",
-            "identity_loss_weight needs a recogniser, a file saved by torch.export.save",
+            "identity_loss_weight needs a recogniser: the file that omniid train recogniser made, or one of torch.export.save",
         )
         _require(self.tokens_per_batch >= 0, f"tokens_per_batch must not be negative, got {self.tokens_per_batch}")
         counts = ("steps", "batch_identities", "accumulation", "num_targets", "log_every", "save_every", "sample_every")
@@ -303,8 +304,9 @@ class TrainConfig:
     mtd: StageConfig
     flow: StageConfig
     control: StageConfig | None = None
-    """None in presets that were saved before this stage was there, as is the next."""
+    """None in presets that were saved before this stage was there, as are the next."""
     t2i: StageConfig | None = None
+    recogniser: StageConfig | None = None
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

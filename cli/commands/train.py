@@ -165,6 +165,14 @@ def t2i(**options) -> None:
     _plan_or_run("t2i", **options)
 
 
+@train.command()
+@_stage_options
+@_plan_options
+def recogniser(**options) -> None:
+    """A recogniser that reads latents, for the identity loss of flow, control and t2i; not part of the paper."""
+    _plan_or_run("recogniser", **options)
+
+
 def _plan_or_run(name, only_plan, gpus, gpu, efficiency, price, **options) -> None:
     if not only_plan:
         _run(name, **options)

@@ -34,9 +34,10 @@ from omniid.models.flux import (
 from omniid.models.frozen_precision import num_quantizable
 from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, IdentityUse, attach_identities
 from omniid.models.landmark_controlnet import build_landmark_controlnet
+from omniid.models.latent_recogniser import LatentRecogniser
 from omniid.models.masked_decoder import MaskedDecoder
 from omniid.train.base import require_sizes
-from omniid.train.identity_loss import ARCFACE_SIZE, load_recogniser
+from omniid.train.identity_loss import ARCFACE_SIZE, IdentityLoss, load_identity_loss
 from omniid.train.memory import recompute_blocks
 
 FACE_SHARE = 0.45
@@ -75,8 +76,8 @@ def _quiet() -> Iterator[None]:
 def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list[Part]:
     """The parts of a stage in the order of the forward pass, in precision fp32 or bf16.
 
-    Of `base` the transformer part, its autoencoder takes little beside it; of `t2i` with an identity loss the recogniser too,
-    which is read from its file. Raises OmniIDError or ConfigError for a base whose sizes are not known, for stage `base` one
+    Of `base` the transformer part, its autoencoder takes little beside it; of a stage with an identity loss the recogniser
+    too, which is read from its file. Raises OmniIDError or ConfigError for a base whose sizes are not known, for stage `base` one
     that need not be trained, or for a recogniser that cannot be used.
     """
     preset = dataclasses.replace(preset, tower=dataclasses.replace(preset.tower, pretrained=""))
@@ -87,6 +88,10 @@ def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list
     if stage == "base":
         meter = _Meter(1, dtype, memory)
         _measure_base_stage(meter, preset)
+        return meter.parts
+    if stage == "recogniser":
+        meter = _Meter(1, dtype, memory)
+        _measure_recogniser_stage(meter, preset)
         return meter.parts
     meter = _Meter(len(counts), dtype, memory)
     with torch.device("meta"):
@@ -189,17 +194,18 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
             return run_flux(transformer, latents, time, text, time, **control)[0]
 
     _measure_by_depth(meter, transformer, velocity, *kv, *samples)
-    if stage == "t2i" and config.identity_loss_weight:
-        clean = latents.requires_grad_(True)
-        meter.measure("vae decoder", [vae.decoder], lambda latents: decode_latents(vae, latents), clean)
-        _measure_recogniser(meter, config.recogniser, num_images)
+    if config.identity_loss_weight:
+        _measure_identity_loss(meter, vae, config.recogniser, latents.requires_grad_(True))
 
 
-def _measure_recogniser(meter: "_Meter", path: str, num_images: int) -> None:
+def _measure_identity_loss(meter: "_Meter", vae: nn.Module, path: str, drawn: Tensor) -> None:
     """The identity loss's network on the drawn faces, and without gradients on the photographed ones."""
-    recogniser = load_recogniser(path).to("meta")
-    with torch.device("meta"):
-        drawn = torch.empty(num_images, 3, ARCFACE_SIZE, ARCFACE_SIZE, requires_grad=True)
+    loss = load_identity_loss(path)
+    recogniser = loss.recogniser.to("meta")
+    if isinstance(loss, IdentityLoss):
+        meter.measure("vae decoder", [vae.decoder], lambda latents: decode_latents(vae, latents), drawn)
+        with torch.device("meta"):
+            drawn = torch.empty(len(drawn), 3, ARCFACE_SIZE, ARCFACE_SIZE, requires_grad=True)
 
     def embed(drawn: Tensor) -> Tensor:
         with torch.no_grad():
@@ -207,6 +213,18 @@ def _measure_recogniser(meter: "_Meter", path: str, num_images: int) -> None:
         return recogniser(drawn)
 
     meter.measure("recogniser", [recogniser], embed, drawn)
+
+
+def _measure_recogniser_stage(meter: "_Meter", preset: Preset) -> None:
+    """The fixed autoencoder and the network that reads its latents."""
+    config = preset.train.recogniser
+    vae = base_without_weights(preset.base)[1].requires_grad_(False)
+    latents = _measure_autoencoder(meter, vae, config.num_targets, preset.base.image_size)
+    if config.cache_latents:
+        meter.parts[-1] = dataclasses.replace(meter.parts[-1], forward_flops=0.0)
+    with torch.device("meta"):
+        recogniser = LatentRecogniser(*latents.shape[1:3])
+    meter.measure("recogniser", [recogniser], recogniser, latents)
 
 
 def _measure_text(meter: "_Meter", base: BaseConfig, num_images: int) -> TextEmbedding:

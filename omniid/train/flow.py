@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from omniid.baselines import encoder_class
-from omniid.config import Preset, StageConfig
+from omniid.config import ConfigError, Preset, StageConfig
 from omniid.data.few_to_many import Batch
 from omniid.models.encoder import IdentityEncoder, load_weights
 from omniid.models.flux import (
     TEXT_PARTS,
+    decode_latents,
     embed_text,
     encode_images,
     load_base,
@@ -21,6 +22,7 @@ from omniid.models.flux import (
 from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
 from omniid.models.landmark_controlnet import landmark_pictures
 from omniid.train.flow_matching import draw_noise, flow_matching_loss
+from omniid.train.identity_loss import IdentityLoss, LatentIdentityLoss, load_identity_loss
 from omniid.train.prompt_cache import load_prompt, prompt_path, save_prompt
 
 GUIDANCE = 1.0
@@ -33,6 +35,7 @@ class FlowStage:
 
     name = "flow"
     needs_whole_batch = False
+    needs_landmarks = False
     controlnet: nn.Module | None = None
     cached: tuple[str, ...] = ("latents",)
     """Fields of a batch whose latents may come from the disk instead of the autoencoder (`omniid.train.latents`)."""
@@ -52,6 +55,14 @@ class FlowStage:
         self.vae = self.pipeline.vae.requires_grad_(False).to(memory_format=torch.channels_last)
         self.adapter = IdentityAdapter.for_transformer(self.transformer, preset.encoder.width)
         self.model = nn.ModuleDict({"encoder": self.encoder, "adapter": self.adapter})
+        self.identity_loss = load_identity_loss(self.config.recogniser) if self.config.identity_loss_weight else None
+        if isinstance(self.identity_loss, IdentityLoss):
+            self.needs_landmarks = True
+            if self.config.cache_latents:
+                raise ConfigError(
+                    f"the recogniser {self.config.recogniser} compares photos, which cached latents stand for; leave "
+                    f"cache_latents out of [train.{self.name}], or give a recogniser of latents"
+                )
 
     def load(self, folder: Path) -> None:
         """Takes encoder and adapter from a weights folder instead of fresh ones."""
@@ -76,7 +87,7 @@ class FlowStage:
         time, noise = draw_noise(latents, self.config.timestep_sampling, generators, self.config.timestep_shift)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
         error, clean = self._error(codes, latents, control, time, noise)
-        extra, numbers = self._extra_loss(batch, clean, time)
+        extra, numbers = self._identity_loss(batch, clean, latents, time)
         if not self.model.training:
             numbers["identity_gap"] = self._error(codes.roll(1, dims=0), latents, control, time, noise)[0] / error
         return error + extra, numbers
@@ -105,9 +116,23 @@ class FlowStage:
         """Lets the autoencoder's encoding half go, once batches bring their latents."""
         self.vae.encoder = None
 
-    def _extra_loss(self, batch: Batch, latents: Tensor, time: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """What a stage adds to Eq. 7, from the clean latents (B * T, C, h, w) that it predicts, and numbers for the log."""
-        return 0.0, {}
+    def _identity_loss(
+        self, batch: Batch, drawn: Tensor, latents: Tensor, time: Tensor
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """The weighted identity loss where one is asked for, and it for the log.
+
+        drawn: clean latents (B * T, C, h, w) that were predicted at `time`. latents: those of the targets.
+        """
+        if self.identity_loss is None:
+            return 0.0, {}
+        if isinstance(self.identity_loss, LatentIdentityLoss):
+            distance = self.identity_loss(drawn, latents)
+        else:
+            landmarks = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])
+            distance = self.identity_loss(decode_latents(self.vae, drawn), batch.targets.flatten(0, 1), landmarks)
+        # Near t = 1 the clean picture is a guess at everybody: it counts the less the noisier it was.
+        distance = ((1 - time) * distance).sum() / (1 - time).sum().clamp_min(1e-6)
+        return self.config.identity_loss_weight * distance, {"identity_loss": distance}
 
     def _error(
         self, codes: Tensor, latents: Tensor, control: Tensor | None, time: Tensor, noise: Tensor
@@ -193,6 +218,8 @@ class FlowStage:
         self.encoder.to(device)
         self.vae.to(device)
         self.transformer.to(device)
+        if self.identity_loss is not None:
+            self.identity_loss.to(device)
         self.text = self.text.to(device)
 
 

@@ -1,7 +1,8 @@
-"""An identity loss through a differentiable face recogniser, for stage `t2i`.
+"""An identity loss through a differentiable face recogniser, for the stages that draw with an adapter.
 
-1 - cos between the recogniser's embeddings of the drawn and the photographed face, both aligned by the photo's landmarks.
-Not part of the paper; ID-preserving adapters commonly add it.
+1 - cos between the recogniser's embeddings of the drawn and the photographed face. A recogniser of pictures sees both
+decoded and aligned by the photo's landmarks; one of latents, which stage `recogniser` trains, sees the latents themselves and
+costs next to nothing. Not part of the paper; ID-preserving adapters commonly add it.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from omniid.errors import OmniIDError
 from omniid.faces.align import similarity
 from omniid.faces.landmarks import check_landmarks
+from omniid.models.latent_recogniser import LatentRecogniser
 
 ARCFACE_SIZE = 112
 ARCFACE_TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [41.5493, 92.3655], [70.7299, 92.2041]])
@@ -43,6 +45,26 @@ class IdentityLoss(nn.Module):
         with torch.no_grad():
             wanted = self.recogniser(photos)
         return 1 - F.cosine_similarity(self.recogniser(drawn), wanted, dim=-1)
+
+
+class LatentIdentityLoss(nn.Module):
+    """The loss that a frozen `LatentRecogniser` gives."""
+
+    def __init__(self, path: str | Path):
+        """path: what stage `recogniser` exported. Raises OmniIDError where it cannot be used."""
+        super().__init__()
+        self.recogniser = LatentRecogniser.load(path).requires_grad_(False)
+
+    def forward(self, drawn: Tensor, photos: Tensor) -> Tensor:
+        """1 - cos (N,), with gradients to `drawn`; both normalised latents (N, C, h, w)."""
+        with torch.no_grad():
+            wanted = self.recogniser(photos)
+        return 1 - (self.recogniser(drawn) * wanted).sum(dim=-1)
+
+
+def load_identity_loss(path: str | Path) -> IdentityLoss | LatentIdentityLoss:
+    """The loss for a file of latents' (`.safetensors`) or pictures' recogniser. Raises OmniIDError where it cannot be used."""
+    return (LatentIdentityLoss if Path(path).suffix == ".safetensors" else IdentityLoss)(path)
 
 
 def load_recogniser(path: str | Path) -> nn.Module:

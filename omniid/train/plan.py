@@ -17,6 +17,8 @@ from omniid.train.costs import Part, count_costs, flops_of_all_rows
 from omniid.train.hardware import EFFICIENCY, GPUS, MATMUL_SHARE, USABLE_MEMORY
 from omniid.train.memory import MODES
 
+WHOLE_BATCH = ("base", "recogniser")
+"""Stages whose loss of a batch cannot be put together from those of its parts (`Stage.needs_whole_batch`)."""
 NARROW_PARTS = ("base", "text", "controlnet")
 """Where they are frozen they run in `base_precision` (`Stage.frozen`); encoder and autoencoder stay in fp32."""
 
@@ -111,8 +113,8 @@ def plan_stage(
     precision = "bf16" if config.precision == "auto" else config.precision
     card = GPUS[gpu]
     ways = num_gpus * config.accumulation
-    if stage == "base" and ways > 1:
-        raise OmniIDError("stage base needs its batch in one piece: plan it with --gpus 1 and accumulation=1")
+    if stage in WHOLE_BATCH and ways > 1:
+        raise OmniIDError(f"stage {stage} needs its batch in one piece: plan it with --gpus 1 and accumulation=1")
     error = split_error(config, settings.tower, stage, num_gpus, "GPUs")
     if error is not None:
         raise OmniIDError(error)
@@ -144,7 +146,9 @@ def plan_stage(
         memory_mode=mode,
         fits=memory[mode].total <= usable,
         accumulation_that_fits=(
-            None if stage == "base" else _fitting_accumulation(memory[mode], usable, config, settings.tower, num_gpus)
+            None
+            if stage in WHOLE_BATCH
+            else _fitting_accumulation(memory[mode], usable, config, settings.tower, num_gpus)
         ),
         usable_memory=usable,
         efficiency=efficiency,
@@ -256,7 +260,11 @@ def plan_text(plan: Plan) -> str:
         "identities of a step are in one GPU at a time"
     )
     if not plan.fits:
-        way = "more GPUs or --shard" if plan.stage != "base" else "a smaller train.base.batch_identities"
+        way = (
+            "more GPUs or --shard"
+            if plan.stage not in WHOLE_BATCH
+            else f"a smaller train.{plan.stage}.batch_identities"
+        )
         if plan.accumulation_that_fits is not None:
             way = f"--set train.{plan.stage}.accumulation={plan.accumulation_that_fits}"
         lines.append(f"this does not fit; it would with {way}")

@@ -18,7 +18,7 @@ from omniid.train.stopping import Stop
 from omniid.train.trackers import check_trackers
 from omniid.weights import weights_folder
 
-CACHING = ("flow", "control")
+CACHING = ("flow", "control", "recogniser")
 """Stages whose targets are photos as they are and whose prompt is fixed, so that what is made of them can be kept."""
 
 
@@ -38,7 +38,7 @@ def run_stage(
     push_to: str | None = None,
     public: bool = False,
 ) -> RunResult:
-    """Trains stage `base`, `mtd`, `flow`, `control` or `t2i` and exports its averaged weights into the `weights` folder.
+    """Trains stage `base`, `mtd`, `flow`, `control`, `t2i` or `recogniser` and exports its averaged weights into `weights`.
 
     The folder `weights` (default `run_folder/weights`) is where `flow` finds the encoder that `mtd` exported and the
     base that `base` exported, unless the preset names another base. An interrupted run exports nothing.
@@ -102,7 +102,7 @@ def prepare(
     own = "cpu" if runs_on_cpu(device) else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     check_frozen_precision(config.base_precision, own)
     if config.cache_latents and name not in CACHING:
-        raise ConfigError(f"cache_latents is for the stages {' and '.join(CACHING)}; leave it out of [train.{name}]")
+        raise ConfigError(f"cache_latents is for the stages {', '.join(CACHING)}; leave it out of [train.{name}]")
     weights = Path(weights or Path(run_folder) / "weights")
     rows = open_records(data, "train"), open_records(data, "validation")
     torch.manual_seed(config.seed)
@@ -136,6 +136,8 @@ def _stage_class(name):
         from omniid.train.flow import FlowStage as stage
     elif name == "control":
         from omniid.train.control import ControlStage as stage
+    elif name == "recogniser":
+        from omniid.train.recogniser import RecogniserStage as stage
     else:
         from omniid.train.t2i import T2IStage as stage
     return stage

@@ -1,8 +1,8 @@
 """Stage `t2i`: personalised text-to-image (Sec. 4.3). A face crop and a caption in, the whole scene out.
 
 Encoder and base are frozen, the adapter learns flow matching (Eq. 6-7) with each scene's own caption instead of the fixed
-prompt. Two options are not the paper's: a frozen landmark ControlNet may tell the pose while training, so that the adapter
-need not copy it from the face crop, and is left out when drawing; and an identity loss may be added.
+prompt. An option is not the paper's: a frozen landmark ControlNet may tell the pose while training, so that the adapter need
+not copy it from the face crop, and is left out when drawing.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from omniid.config import Preset
 from omniid.data.few_to_many import Batch
-from omniid.models.flux import decode_latents, embed_text, load_base
+from omniid.models.flux import embed_text, load_base
 from omniid.models.landmark_controlnet import load_landmark_controlnet
 from omniid.train.flow import FlowStage, columns
-from omniid.train.identity_loss import IdentityLoss
 
 
 class T2IStage(FlowStage):
@@ -34,14 +33,13 @@ class T2IStage(FlowStage):
         if self.config.keep_controlnet:
             self.controlnet = load_landmark_controlnet(weights / "controlnet", self.transformer).requires_grad_(False)
             self.frozen = (*self.frozen, self.controlnet)
-        self.identity_loss = IdentityLoss(self.config.recogniser) if self.config.identity_loss_weight else None
 
     def load(self, folder: Path) -> None:
         """Takes the adapter from a weights folder."""
         self._load_adapter(folder)
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 7, plus the weighted identity loss where one is asked for; a share of captions is dropped in training."""
+        """As of `FlowStage`; a share of captions is dropped in training."""
         dropout, captions = self.config.conditioning_dropout if self.model.training else 0.0, []
         for own, generator in zip(batch.captions, generators, strict=True):
             draws = torch.rand(len(own), generator=generator).tolist()
@@ -50,16 +48,6 @@ class T2IStage(FlowStage):
         with torch.no_grad():
             self.text = embed_text(self.pipeline, captions, self.preset.base.max_sequence_length)
         return super().loss(batch, generators)
-
-    def _extra_loss(self, batch: Batch, latents: Tensor, time: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
-        if self.identity_loss is None:
-            return 0.0, {}
-        drawn = decode_latents(self.vae, latents)
-        landmarks = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])
-        distance = self.identity_loss(drawn, batch.targets.flatten(0, 1), landmarks)
-        # Near t = 1 the clean picture is a guess at everybody: it counts the less the noisier it was.
-        distance = ((1 - time) * distance).sum() / (1 - time).sum().clamp_min(1e-6)
-        return self.config.identity_loss_weight * distance, {"identity_loss": distance}
 
     @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -83,8 +71,7 @@ class T2IStage(FlowStage):
         return pipeline, None
 
     def _move_to(self, device: torch.device) -> None:
-        for part in (self.encoder, self.vae, self.transformer, self.controlnet, self.identity_loss):
+        parts = (self.encoder, self.vae, self.transformer, self.pipeline.text_encoder, self.pipeline.text_encoder_2)
+        for part in (*parts, self.controlnet, self.identity_loss):
             if part is not None:
                 part.to(device)
-        for part in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
-            part.to(device)

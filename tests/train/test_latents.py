@@ -262,5 +262,5 @@ def test_other_stages_refuse_a_cache(tiny, weights, records, tmp_path):
     (tmp_path / "tiny.toml").write_text(
         preset_to_toml(dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, t2i=t2i)))
     )
-    with pytest.raises(ConfigError, match=r"cache_latents is for the stages flow and control"):
+    with pytest.raises(ConfigError, match=r"cache_latents is for the stages flow, control, recogniser"):
         run_stage("t2i", tmp_path / "tiny.toml", records, tmp_path / "run", weights=weights)

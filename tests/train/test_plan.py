@@ -19,6 +19,7 @@ from omniid.data.scenes import SceneBatches
 from omniid.errors import OmniIDError
 from omniid.models.flux import base_without_weights
 from omniid.models.landmark_controlnet import save_landmark_controlnet
+from omniid.models.latent_recogniser import LatentRecogniser
 from omniid.train.base import BaseStage
 from omniid.train.control import ControlStage
 from omniid.train.costs import count_costs
@@ -196,6 +197,20 @@ def test_t2i_trains_the_adapter_alone_and_pays_for_what_it_is_asked(tiny, recogn
     assert more["recogniser"].forward_flops == 2 * once and more["recogniser"].backward_flops == once
 
 
+def test_a_recogniser_of_latents_costs_little(tiny, tmp_path):
+    path = tmp_path / "recogniser.safetensors"
+    LatentRecogniser(16, 4).save(path)
+    flow = dataclasses.replace(tiny.train.flow, identity_loss_weight=0.1, recogniser=str(path))
+    asked = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, flow=flow))
+    parts = {part.name: part for part in count_costs("flow", asked, "fp32", "none")}
+    own = {part.name: part for part in count_costs("recogniser", tiny, "fp32", "none")}
+    assert own.keys() == {"autoencoder", "recogniser"} and own["recogniser"].is_trained
+    assert not parts["recogniser"].is_trained and "vae decoder" not in parts
+    # Once on the drawn latents and once on those of the photos, each target alike.
+    once = own["recogniser"].forward_flops / tiny.train.recogniser.num_targets * tiny.train.flow.num_targets
+    assert parts["recogniser"].forward_flops == pytest.approx(2 * once)
+
+
 def test_cached_latents_leave_no_encoding_to_a_step(tiny):
     cached = dataclasses.replace(tiny.train.flow, cache_latents=True)
     other = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, flow=cached))
@@ -264,7 +279,7 @@ def test_command_prints_a_table_or_json_and_needs_no_data(tiny_file):
     assert values["memory"]["none"]["total"] > values["memory"]["none"]["optimizer"]
 
 
-@pytest.mark.parametrize("stage", ["base", "control", "t2i"])
+@pytest.mark.parametrize("stage", ["base", "control", "t2i", "recogniser"])
 def test_other_stages_are_planned_from_the_command_line_without_warnings(tiny_file, stage):
     shown = CliRunner().invoke(main, ["train", stage, "--plan", "--preset", str(tiny_file)])
     assert shown.exit_code == 0 and shown.stderr == ""
@@ -279,8 +294,9 @@ def test_without_plan_data_and_run_are_asked_for():
 def test_what_cannot_be_planned_is_said():
     with pytest.raises(OmniIDError, match="not a multiple of 3 GPUs x accumulation 1"):
         plan_stage("mtd", "mini", num_gpus=3)
-    with pytest.raises(OmniIDError, match="stage base needs its batch in one piece"):
-        plan_stage("base", "mini", num_gpus=2)
+    for stage in ("base", "recogniser"):
+        with pytest.raises(OmniIDError, match=f"stage {stage} needs its batch in one piece"):
+            plan_stage(stage, "mini", num_gpus=2)
     with pytest.raises(ConfigError, match=r"preset 'paper' has no \[base.sizes\]"):
         plan_stage("base", "paper")
     with pytest.raises(OmniIDError, match="sizes of the base 'somebody/else' are not known"):
