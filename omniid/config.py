@@ -225,7 +225,8 @@ class StageConfig:
     cache_folder: str = ""
     """Where they are kept, for all runs that name it; empty means RUN/cache."""
     conditioning_dropout: float = 0.0
-    """Base and t2i stages only: share of captions replaced by the empty prompt."""
+    """Base and t2i stages: share of captions replaced by the empty prompt; control stage: share of targets whose landmarks are
+    kept from the ControlNet. Elsewhere without effect."""
     control_double_blocks: int = 4
     control_single_blocks: int = 10
     """Control stage only: blocks of the landmark ControlNet. Not stated in the paper; diffusers' defaults for FLUX."""

@@ -317,16 +317,22 @@ def predict_velocity(
     guidance: Tensor,
     controlnet: nn.Module | None = None,
     control: Tensor | None = None,
+    control_weight: Tensor | None = None,
 ) -> Tensor:
     """V(x_t, t, y) with FLUX's conventions: latents (B, C, h, w) in, velocity eps - x of the same shape out.
 
     time: (B,) in 0..1, 1 is pure noise. guidance: (B,), ignored by a model without guidance embedding. controlnet: a
-    diffusers `FluxControlNetModel`, which reads `control`, latents (B, C, h, w) of the control picture.
+    diffusers `FluxControlNetModel`, which reads `control`, latents (B, C, h, w) of the control picture. control_weight: (B,),
+    what the ControlNet's outputs are taken times, 1 if None.
     """
     inputs, samples = (latents, time, text, guidance), {}
     if controlnet is not None:
         names = ("controlnet_block_samples", "controlnet_single_block_samples")
-        samples = dict(zip(names, run_flux(controlnet, *inputs, controlnet_cond=pack_latents(control)), strict=True))
+        outputs = run_flux(controlnet, *inputs, controlnet_cond=pack_latents(control))
+        if control_weight is not None:
+            weight = control_weight.view(-1, 1, 1)
+            outputs = [None if part is None else tuple(weight * sample for sample in part) for part in outputs]
+        samples = dict(zip(names, outputs, strict=True))
     return unpack_latents(run_flux(transformer, *inputs, **samples)[0], *latents.shape[-2:])
 
 

@@ -1,9 +1,11 @@
 """Stage `control`: controlled generation from a landmark picture (Sec. 4.2, Table 1).
 
 Encoder and base are frozen; the landmark ControlNet and the identity adapter learn flow matching together (Eq. 6-7).
-The adapter goes on from the one of stage `flow` where the weights hold it.
+The adapter goes on from the one of stage `flow` where the weights hold it. With `conditioning_dropout`, which is not the paper's,
+a share of targets is drawn without landmarks, so that the adapter serves both.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,6 +48,13 @@ class ControlStage(FlowStage):
             load_weights(self.encoder, folder / "encoder.safetensors")
         self._load_adapter(folder)
         self.controlnet.load_state_dict(load_landmark_controlnet(folder / "controlnet", self.transformer).state_dict())
+
+    def _control_weight(self, count: int, generators: Sequence[torch.Generator]) -> Tensor | None:
+        dropout = self.config.conditioning_dropout
+        if dropout == 0 or not self.model.training:
+            return None
+        draws = [torch.rand(count // len(generators), generator=generator) for generator in generators]
+        return (torch.cat(draws) >= dropout).float().to(self.adapter.to_k_id[0].weight.device)
 
     def drop_encoder(self) -> None:
         """It stays, for the pictures of the log: their landmarks are exchanged, so no cache has them."""

@@ -85,6 +85,8 @@ class FlowStage:
         with torch.no_grad():
             latents, control = self._latents(batch), self._control(batch)
         time, noise = draw_noise(latents, self.config.timestep_sampling, generators, self.config.timestep_shift)
+        if control is not None:
+            control = control, self._control_weight(len(latents), generators)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
         error, clean = self._error(codes, latents, control, time, noise)
         extra, numbers = self._identity_loss(batch, clean, latents, time)
@@ -112,6 +114,10 @@ class FlowStage:
         pictures = landmark_pictures(points, batch.targets.shape[-1]).to(batch.targets.device)
         return encode_images(self.vae, pictures)
 
+    def _control_weight(self, count: int, generators: Sequence[torch.Generator]) -> Tensor | None:
+        """How much each of `count` targets is told of its landmarks, (count,); everything if None."""
+        return None
+
     def drop_encoder(self) -> None:
         """Lets the autoencoder's encoding half go, once batches bring their latents."""
         self.vae.encoder = None
@@ -135,10 +141,10 @@ class FlowStage:
         return self.config.identity_loss_weight * distance, {"identity_loss": distance}
 
     def _error(
-        self, codes: Tensor, latents: Tensor, control: Tensor | None, time: Tensor, noise: Tensor
+        self, codes: Tensor, latents: Tensor, control: tuple[Tensor, Tensor | None] | None, time: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Eq. 7 for latents (B * T, C, h, w) of T targets of each of the B people in codes (B, L, C); the clean latents
-        x_t - t V that the prediction stands for."""
+        """Eq. 7 for latents (B * T, C, h, w) of T targets of each of the B people in codes (B, L, C), and the clean latents
+        x_t - t V that the prediction stands for. control: what the ControlNet reads, and how much of it counts."""
         # Every target of a person gets that person's tokens.
         kv = self.adapter.project(codes).repeat(len(latents) // len(codes))
         text = self.text.expand(len(latents))
@@ -147,7 +153,9 @@ class FlowStage:
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
             nonlocal clean
-            predicted = predict_velocity(self.transformer, noisy, time, text, guidance, self.controlnet, control)
+            predicted = predict_velocity(
+                self.transformer, noisy, time, text, guidance, self.controlnet, *(control or ())
+            )
             clean = noisy - time.view(-1, 1, 1, 1) * predicted
             return predicted
 

@@ -58,6 +58,34 @@ def test_controlnet_and_adapter_learn_and_nothing_else(tiny, weights, batch):
     assert values[0] != values[1]
 
 
+def test_targets_without_landmarks_are_drawn_as_by_stage_flow(tiny, weights, batch):
+    """In training only; and a share of them where the share is not 1."""
+
+    def stage_with(dropout):
+        control = dataclasses.replace(tiny.train.control, conditioning_dropout=dropout)
+        return ControlStage(dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, control=control)), weights)
+
+    torch.manual_seed(0)
+    never, half, always = (stage_with(dropout) for dropout in (1.0, 0.5, 0.0))
+    with torch.no_grad():
+        for block in never.controlnet.controlnet_blocks:  # zero at first, which would change nothing
+            block.weight.normal_(std=0.2)
+    for stage in (half, always):
+        stage.model.load_state_dict(never.model.state_dict())
+    flow = FlowStage(tiny, weights)
+    flow.adapter.load_state_dict(never.adapter.state_dict())
+    losses = []
+    for stage in (flow, never, half, always):
+        stage.model.train()
+        loss, _ = stage.loss(batch, identity_generators(3, batch.places))
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert len({round(loss, 5) for loss in losses[1:]}) == 3
+    never.model.eval(), always.model.eval()
+    shown = [stage.loss(batch, identity_generators(3, batch.places))[0].item() for stage in (never, always)]
+    assert shown[0] == shown[1]
+
+
 def test_the_whole_stage_runs_and_leaves_adapter_and_controlnet(tiny, weights, records, tmp_path):
     folder, preset = tmp_path / "weights", tmp_path / "tiny.toml"
     shutil.copytree(weights, folder)
