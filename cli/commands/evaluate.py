@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     help="Folder with <id>_neutral.jpg and <id>_smiling.jpg of real people.",
 )
 @click.option(
+    "--records",
+    type=click.Path(exists=True, file_okay=False),
+    help="Folder of identity records: the unseen people are those of its split validation instead of synthetic ones.",
+)
+@click.option(
     "--regions",
     "num_pairs",
     type=click.IntRange(min=1),
@@ -69,6 +74,7 @@ if TYPE_CHECKING:
 def evaluate(
     weights: str,
     real_folder: str | None,
+    records: str | None,
     num_pairs: int | None,
     samples: int | None,
     num_people: int,
@@ -90,6 +96,8 @@ def evaluate(
 
     counts = _counts(inputs)
     if num_pairs is not None:
+        if records is not None:
+            raise click.UsageError("--regions looks at synthetic people; leave --records out")
         from omniid.evaluate import regions
 
         scores = regions.region_scores(weights, num_pairs, samples or 1, say=say)
@@ -100,6 +108,7 @@ def evaluate(
 
     settings = Settings(
         num_people=num_people,
+        records=records or "",
         num_samples=samples or Settings().num_samples,
         num_inputs=counts,
         recognisers=recognisers,

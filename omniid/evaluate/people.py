@@ -1,4 +1,4 @@
-"""The people that evaluations look at: synthetic ones no training saw, or real ones from a folder."""
+"""The people that evaluations look at: synthetic ones no training saw, those of held-out records, or real ones of a folder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,6 +60,48 @@ def unseen_people(
         names=[f"unseen-{index:03d}" for index in range(count)],
         landmarks=np.stack(landmarks),
         poses=np.array(poses),
+    )
+
+
+def people_of_records(
+    folder: str | Path, count: int, num_inputs: int, num_targets: int, size: int, split: str = "validation"
+) -> People:
+    """The first `count` people of a split of identity records, or all if there are fewer, with their poses and landmarks.
+
+    Inputs are a person's first photos and targets the last, so that more inputs leave the targets as they are. Raises
+    RecordError where the folder lacks the split, a person has too few photos, or a record is damaged.
+    """
+    from omniid.data.records import RecordError, decode_image, decode_mask, open_records, read_row, scaled_landmarks
+
+    rows = open_records(folder, split).with_format("arrow")
+    people = []
+    for index in range(min(count, len(rows))):
+        row = read_row(rows, index)
+        images, total = row["images"], len(row["images"])
+        if total < num_inputs + num_targets:
+            raise RecordError(
+                f"{row['identity_id']} of {folder} has {total} photos; {num_inputs} inputs and {num_targets} targets need more"
+            )
+        shown = [*range(num_inputs), *range(total - num_targets, total)]
+        targets = shown[num_inputs:]
+        people.append(
+            (
+                np.stack([decode_image(images[i], size) for i in shown]),
+                np.stack([decode_mask(row["masks"][i], size) for i in targets]),
+                np.stack([scaled_landmarks(row["landmarks"][i], images[i], size) for i in targets]),
+                np.stack([row["pose"][i] for i in targets]),
+                row["identity_id"],
+            )
+        )
+    photos, masks, landmarks, poses, names = zip(*people, strict=True)
+    images = torch.from_numpy(np.stack(photos)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    return People(
+        inputs=images[:, :num_inputs],
+        targets=images[:, num_inputs:],
+        masks=torch.from_numpy(np.stack(masks)),
+        names=list(names),
+        landmarks=np.stack(landmarks),
+        poses=np.stack(poses),
     )
 
 

@@ -13,7 +13,7 @@ from omniid.evaluate.drawing import Drawn, draw_people, draw_poses
 from omniid.evaluate.extras import Extras
 from omniid.evaluate.figure import Context, Figure, weights_fingerprint
 from omniid.evaluate.generation import KnownPeople, measure, photo_figures
-from omniid.evaluate.people import People, neutral_and_smiling, unseen_people
+from omniid.evaluate.people import People, neutral_and_smiling, people_of_records, unseen_people
 from omniid.evaluate.recognisers import default_recognisers, load_recogniser
 from omniid.evaluate.reconstruction import reconstruction_scores
 from omniid.identity import Identity
@@ -32,6 +32,8 @@ class Settings:
     """What is measured, and on how much."""
 
     num_people: int = 64
+    records: str = ""
+    """A folder of identity records whose split `validation` holds the unseen people; empty for synthetic ones made now."""
     num_samples: int = 4
     """Generated pictures of a person: one alone says as much about its noise as about the person."""
     num_inputs: tuple[int, ...] = (NUM_INPUTS,)
@@ -93,8 +95,13 @@ def evaluate(
     preset = load_preset(folder / "preset.toml")
     encoder = load_encoder(folder)
     size = preset.tower.image_size
-    say(f"rendering {settings.num_people} unseen people")
-    people = unseen_people(settings.num_people, max(*settings.num_inputs, NUM_INPUTS), NUM_TARGETS, size)
+    counts = (settings.num_people, max(*settings.num_inputs, NUM_INPUTS), NUM_TARGETS)
+    if settings.records:
+        say(f"reading the people held out in {settings.records}")
+        people = people_of_records(settings.records, *counts, size)
+    else:
+        say(f"rendering {settings.num_people} unseen people")
+        people = unseen_people(*counts, size)
     real = None
     if real_folder is not None:
         say(f"finding the faces of {real_folder}")
@@ -105,7 +112,7 @@ def evaluate(
             "fingerprint": weights_fingerprint(folder),
             "encoder": encoder.fingerprint(),
             "seed": SEED,
-            "num_people": settings.num_people,
+            "num_people": len(people.names),
         }
     )
     if settings.is_redrawn:
