@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import runpy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +49,34 @@ def test_mtd_at_the_papers_sizes_agrees_with_the_sums_by_hand(paper_mtd):
     assert parts["tower"].forward_flops + parts["tower"].backward_flops == pytest.approx(3.028e12, rel=0.05)
     # Without fused kernels a tower layer keeps about 24 units of 257 x 1280 bf16 numbers a photo.
     assert parts["tower"].kept_bytes == pytest.approx(48.5e9 / 32, rel=0.2)
+
+
+@pytest.fixture(scope="module")
+def roofline(test_data):
+    """The functions of a script that counts FLOPs by formulas of its own."""
+    path = test_data.parent / "tools" / "roofline.py"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    return SimpleNamespace(**runpy.run_path(str(path)))
+
+
+def test_mtd_agrees_with_a_count_by_formulas(paper_mtd, roofline):
+    parts = {part.name: part for part in paper_mtd.parts}
+    whole = [roofline.vit(3), roofline.enc(3), roofline.dec_pruned()]
+    for part, (linear, attention) in zip(parts.values(), whole, strict=True):
+        assert part.forward_flops == pytest.approx(linear + attention, rel=0.05)
+        assert part.forward_flops + part.backward_flops == pytest.approx(3 * linear + 3.5 * attention, rel=0.05)
+    assert paper_mtd.step_flops_per_identity == pytest.approx(sum(3 * a + 3.5 * b for a, b in whole), rel=0.05)
+
+
+@pytest.mark.slow
+def test_flow_agrees_with_a_count_by_formulas(roofline):
+    parts = {part.name: part for part in count_costs("flow", load_preset("paper"), "bf16", "none")}
+    flux = roofline.flux_step(1024, kvcached=False)
+    forward = flux["lin"] + flux["att"] + flux["ip_att"]
+    backward = flux["lin"] + 2.5 * (flux["att"] + flux["ip_att"])
+    assert parts["base"].forward_flops / 8 == pytest.approx(forward, rel=0.05)
+    assert parts["base"].backward_flops / 8 == pytest.approx(backward, rel=0.05)
 
 
 def test_time_and_cost_follow_from_flops(paper_mtd):
