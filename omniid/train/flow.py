@@ -89,7 +89,7 @@ class FlowStage:
             control = control, self._control_weight(len(latents), generators)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
         error, clean = self._error(codes, latents, control, time, noise)
-        extra, numbers = self._identity_loss(batch, clean, latents, time)
+        extra, numbers = self._identity_loss(batch, clean, latents)
         if not self.model.training:
             numbers["identity_gap"] = self._error(codes.roll(1, dims=0), latents, control, time, noise)[0] / error
         return error + extra, numbers
@@ -122,12 +122,11 @@ class FlowStage:
         """Lets the autoencoder's encoding half go, once batches bring their latents."""
         self.vae.encoder = None
 
-    def _identity_loss(
-        self, batch: Batch, drawn: Tensor, latents: Tensor, time: Tensor
-    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+    def _identity_loss(self, batch: Batch, drawn: Tensor, latents: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
         """The weighted identity loss where one is asked for, and it for the log.
 
-        drawn: clean latents (B * T, C, h, w) that were predicted at `time`. latents: those of the targets.
+        drawn: clean latents (B * T, C, h, w) that were predicted. latents: those of the targets. All times count alike: it is
+        settled who is drawn while there is much noise.
         """
         if self.identity_loss is None:
             return 0.0, {}
@@ -136,8 +135,7 @@ class FlowStage:
         else:
             landmarks = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])
             distance = self.identity_loss(decode_latents(self.vae, drawn), batch.targets.flatten(0, 1), landmarks)
-        # Near t = 1 the clean picture is a guess at everybody: it counts the less the noisier it was.
-        distance = ((1 - time) * distance).sum() / (1 - time).sum().clamp_min(1e-6)
+        distance = distance.mean()
         return self.config.identity_loss_weight * distance, {"identity_loss": distance}
 
     def _error(
