@@ -16,11 +16,12 @@ RUNS ?= runs/mini
 WEIGHTS ?= weights/mini
 HOURS ?=
 
-.PHONY: help venv demo test lint bench gpu train-mini clean
+.PHONY: help venv demo test coverage lint bench gpu train-mini clean
 
 help:
 	@echo "make demo   the tour on a CPU: demo/contact_sheet.png and demo/metrics.json"
 	@echo "make test   all tests that this machine can run"
+	@echo "make coverage   which branches of kernels/ no test reaches without a GPU; fails unless there are none"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make bench  timings of kernels and of the whole path"
 	@echo "make gpu    tests and benchmarks that need a CUDA device"
@@ -44,6 +45,13 @@ demo: venv
 test: venv
 	$(PYTEST) $(PYTEST_FLAGS)
 
+# Without a GPU even where there is one: Triton's kernels then run in its interpreter, where their branches can be counted.
+coverage: venv
+	rm -f .coverage .coverage.*
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 0 $(PYTEST_FLAGS) tests/kernels
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,6 +70,6 @@ train-mini: venv
 	$(BIN)/python -P -m omniid.train.sequence --data $(DATA) --runs $(RUNS) --weights $(WEIGHTS) $(if $(HOURS),--hours $(HOURS))
 
 clean:
-	rm -rf build demo runs *.egg-info .pytest_cache .ruff_cache .hypothesis kernels/_native*.so
+	rm -rf build demo runs *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* kernels/_native*.so
 	rm -f $(INSTALLED)
 	find cli kernels omniid tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
