@@ -16,6 +16,9 @@ RUNS ?= runs/mini
 WEIGHTS ?= weights/mini
 HOURS ?=
 
+# Of `make gpu`: the benchmarks that a GPU decides and that need no photos or records.
+GPU_BENCHMARKS := varlen_cross_attention masked_rows patch_l1 add_identity_attention layer_norm_modulate gelu_fp8 fp8_linear tower_attention
+
 .PHONY: help venv demo test coverage lint bench gpu train-mini clean
 
 help:
@@ -23,8 +26,8 @@ help:
 	@echo "make test   all tests that this machine can run"
 	@echo "make coverage   which branches of kernels/ no test reaches without a GPU; fails unless there are none"
 	@echo "make lint   ruff check and ruff format --check"
-	@echo "make bench  timings of kernels and of the whole path"
-	@echo "make gpu    tests and benchmarks that need a CUDA device"
+	@echo "make bench  timings of kernels and of the whole path, where their inputs are here"
+	@echo "make gpu    on a CUDA device: its tests, the kernels' benchmarks and the train step at the paper's size, with reports"
 	@echo "make train-mini DATA=people HOURS=6   the mini weights: base, mtd, flow, control; the same command goes on"
 	@echo "make clean  remove what the targets made, .venv excepted"
 
@@ -63,7 +66,7 @@ gpu: venv
 	@$(BIN)/python -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 		echo "make gpu needs a CUDA device and a CUDA build of torch in $(VENV); neither the tests nor the benchmarks ran" >&2; exit 1; }
 	$(BIN)/pytest -m gpu $(PYTEST_FLAGS)
-	$(BIN)/omniid bench --save
+	$(BIN)/omniid bench $(GPU_BENCHMARKS) --save
 	$(BIN)/omniid bench train_step -- --preset paper --device cuda --save
 
 train-mini: venv
