@@ -16,14 +16,18 @@ RUNS ?= runs/mini
 WEIGHTS ?= weights/mini
 HOURS ?=
 
-.PHONY: help venv demo test lint bench gpu train-mini clean
+# Of `make gpu`: the benchmarks that a GPU decides and that need no photos or records.
+GPU_BENCHMARKS := varlen_cross_attention masked_rows patch_l1 add_identity_attention layer_norm_modulate gelu_fp8 fp8_linear tower_attention
+
+.PHONY: help venv demo test coverage lint bench gpu train-mini clean
 
 help:
 	@echo "make demo   the tour on a CPU: demo/contact_sheet.png and demo/metrics.json"
 	@echo "make test   all tests that this machine can run"
+	@echo "make coverage   which branches of kernels/ no test reaches without a GPU; fails unless there are none"
 	@echo "make lint   ruff check and ruff format --check"
-	@echo "make bench  timings of kernels and of the whole path"
-	@echo "make gpu    tests and benchmarks that need a CUDA device"
+	@echo "make bench  timings of kernels and of the whole path, where their inputs are here"
+	@echo "make gpu    on a CUDA device: its tests, the kernels' benchmarks and the train step at the paper's size, with reports"
 	@echo "make train-mini DATA=people HOURS=6   the mini weights: base, mtd, flow, control; the same command goes on"
 	@echo "make clean  remove what the targets made, .venv excepted"
 
@@ -44,6 +48,13 @@ demo: venv
 test: venv
 	$(PYTEST) $(PYTEST_FLAGS)
 
+# Without a GPU even where there is one: Triton's kernels then run in its interpreter, where their branches can be counted.
+coverage: venv
+	rm -f .coverage .coverage.*
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 0 $(PYTEST_FLAGS) tests/kernels
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,13 +66,13 @@ gpu: venv
 	@$(BIN)/python -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 		echo "make gpu needs a CUDA device and a CUDA build of torch in $(VENV); neither the tests nor the benchmarks ran" >&2; exit 1; }
 	$(BIN)/pytest -m gpu $(PYTEST_FLAGS)
-	$(BIN)/omniid bench --save
+	$(BIN)/omniid bench $(GPU_BENCHMARKS) --save
 	$(BIN)/omniid bench train_step -- --preset paper --device cuda --save
 
 train-mini: venv
 	$(BIN)/python -P -m omniid.train.sequence --data $(DATA) --runs $(RUNS) --weights $(WEIGHTS) $(if $(HOURS),--hours $(HOURS))
 
 clean:
-	rm -rf build demo runs *.egg-info .pytest_cache .ruff_cache .hypothesis kernels/_native*.so
+	rm -rf build demo runs *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* kernels/_native*.so
 	rm -f $(INSTALLED)
 	find cli kernels omniid tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

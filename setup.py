@@ -69,7 +69,8 @@ EXTRAS = {
     "metrics": ["lpips>=0.1.4", "torchmetrics>=1.4", "torch-fidelity>=0.3"],
     "app": ["gradio>=5"],
     "dev": [
-        *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12"),
+        *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "coverage>=7.10", "hypothesis>=6.100", "ruff>=0.12"),
+        "setuptools>=77",  # tests/test_install.py builds the package
         *("onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23", "tensorrt-rtx>=1.5; platform_system == 'Linux'"),
         *("ai-edge-litert>=1.4", "av>=14", "scenedetect-headless>=0.7", "invisible-watermark>=0.2"),
     ],

@@ -48,8 +48,8 @@ def products_and_addition(out, q, k, v, scale):
     return out + scale[..., None, None] * dense_attention(q, k, v)
 
 
-def setup(shape, dtype, training):
-    """Cases over one set of inputs; those in place only for inference."""
+def inputs_of(shape, dtype):
+    """(out, q, k, v, scale) and the gradient of the sum."""
     batch, queries, keys, heads, size = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -59,7 +59,13 @@ def setup(shape, dtype, training):
     out, q, upstream = (make(batch, queries, heads, size) for _ in range(3))
     k, v = make(batch, keys, heads, size), make(batch, keys, heads, size)
     scale = torch.rand(batch, queries, generator=generator).to(DEVICE, dtype)
-    inputs = tuple(x.requires_grad_(training) for x in (out, q, k, v, scale))
+    return (out, q, k, v, scale), upstream
+
+
+def setup(shape, dtype, training):
+    """Cases over one set of inputs; those in place only for inference."""
+    inputs, upstream = inputs_of(shape, dtype)
+    out, q, k, v, scale = inputs = tuple(x.requires_grad_(training) for x in inputs)
     compiled = torch.compile(attention_and_addition)
     cases = {
         "attention + addition": lambda: attention_and_addition(*inputs),
@@ -78,7 +84,7 @@ def setup(shape, dtype, training):
     if DEVICE == "cpu" and library():
         cases["native in place"] = lambda: add_identity_attention_(place, q, k, v, scale, implementation="native")
     if DEVICE == "cuda" and importlib.util.find_spec("triton"):
-        ones = torch.ones(heads, device=DEVICE)
+        ones = torch.ones(shape[3], device=DEVICE)
         k8, v8 = k.to(FP8), v.to(FP8)
         cases["triton in place"] = lambda: add_identity_attention_(place, q, k, v, scale, implementation="triton")
         cases["triton in place, fp8"] = lambda: add_identity_attention_(

@@ -6,7 +6,6 @@ once.
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -17,17 +16,16 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
-from harness import command_line, report
+from harness import command_line, data_folder, end_without_inputs, report
 
 from omniid.data.curate import Settings, curate_videos
 from omniid.data.curate.report import total_counts
 from omniid.data.talking_heads import Shot, write_video
 from omniid.faces import FaceError, analyzer
-from omniid.faces.files import FOLDER_VARIABLE
 from omniid.files import atomic_path
 
 SIZE, STEP, MIN_FACE = 192, 4, 70.0
-MODELS = f"files:{os.environ.get(FOLDER_VARIABLE) or Path(__file__).resolve().parents[2] / 'shared' / 'data'}"
+MODELS = f"files:{data_folder()}"
 
 
 def shots(number: int) -> list[Shot]:
@@ -115,8 +113,7 @@ def main() -> None:
     try:
         analyzer(arguments.faces)
     except FaceError as error:
-        print(f"not measured: {error}")
-        return
+        end_without_inputs(error)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary) / "videos"
         folder.mkdir(parents=True, exist_ok=True)

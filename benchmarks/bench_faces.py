@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from harness import command_line, report
+from harness import command_line, data_folder, end_without_inputs, report
 from PIL import Image
 
 from omniid.data import rerender
@@ -15,12 +15,11 @@ from omniid.data.synthetic import Person, View, render
 from omniid.data.synthetic.render import RenderedFace
 from omniid.faces import FaceError, analyzer, photos_in
 from omniid.faces.align import similarity_to_template
-from omniid.faces.files import FOLDER_VARIABLE
 from omniid.faces.photo import open_photo
 
 CORES, SIZE, ROUNDS = 2, 256, 3
 SYNTHETIC_HEADS, PHOTO_HEADS, VIEWS = 50, 20, 2
-DATA = Path(os.environ.get(FOLDER_VARIABLE) or Path(__file__).resolve().parents[2] / "shared" / "data")
+DATA = data_folder()
 
 parser = command_line()
 parser.add_argument("--faces", default=f"files:{DATA}", help="the backend: files:FOLDER or uniface")
@@ -37,8 +36,7 @@ if hasattr(os, "sched_setaffinity"):  # the figure is per two cores, whatever th
 try:
     finder, photos = analyzer(arguments.faces), photos_in([arguments.photos])
 except FaceError as error:
-    print(f"not measured: {error}")
-    raise SystemExit from None
+    end_without_inputs(error)
 
 
 def all_photos() -> dict[str, float]:

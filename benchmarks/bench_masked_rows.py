@@ -10,6 +10,7 @@ from omniid.kernels.masked_rows import pick_rows, pick_rows_reference, spread_ro
 from omniid.models.masked_decoder import MaskedDecoder
 
 NUM_TARGETS, FACE_SHARE = 8, 0.45
+MOVEMENTS = ("spread rows", "spread keys", "pick rows")
 
 
 def setup(preset_name: str, num_identities: int):
@@ -38,8 +39,8 @@ def setup(preset_name: str, num_identities: int):
     return {"plain": run(False), "fast_rows": run(True)}
 
 
-def setup_movement(preset_name: str, num_identities: int, movement: str):
-    """One movement by itself, forward and backward: torch's indexing, compiled, what omniid picks, and Triton on a GPU."""
+def movement_inputs(preset_name: str, num_identities: int, movement: str):
+    """(definition, operation, rows, the arguments that follow, gradient of the result) of one movement by itself."""
     decoder = load_preset(preset_name).decoder
     generator = torch.Generator().manual_seed(0)
     samples = num_identities * NUM_TARGETS
@@ -62,8 +63,14 @@ def setup_movement(preset_name: str, num_identities: int, movement: str):
             upstream = torch.randn(samples, heads[0], patches, heads[1], generator=generator)
             upstream = upstream.to(training_dtype()).transpose(1, 2)
         forms = (spread_rows_reference, spread_rows)
-    rows = rows.to(DEVICE).requires_grad_()
-    upstream, rest = upstream.to(DEVICE), [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in rest]
+    rest = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in rest]
+    return *forms, rows.to(DEVICE), rest, upstream.to(DEVICE)
+
+
+def setup_movement(preset_name: str, num_identities: int, movement: str):
+    """Forward and backward: torch's indexing, compiled, what omniid picks, and Triton on a GPU."""
+    *forms, rows, rest, upstream = movement_inputs(preset_name, num_identities, movement)
+    rows.requires_grad_()
 
     def run(function):
         return lambda: torch.autograd.grad(function(rows, *rest), rows, upstream)
@@ -72,32 +79,40 @@ def setup_movement(preset_name: str, num_identities: int, movement: str):
     return cases | ({"triton": run(forced("triton", forms[1]))} if DEVICE == "cuda" else {})
 
 
-rows = []
-for preset_name, num_identities in (("mini", 8), ("paper", 32 if DEVICE == "cuda" else 1)):
-    width = dataclasses.asdict(load_preset(preset_name).decoder)["width"]
-    times = time_in_turn(setup(preset_name, num_identities), rounds=5, warmup=1)
-    plain, fast = times["plain"]["median_ms"], times["fast_rows"]["median_ms"]
-    rows.append(
-        {
-            "preset": preset_name,
-            "width": width,
-            "identities": num_identities,
-            "targets": NUM_TARGETS,
-            "plain ms": plain,
-            "fast_rows ms": fast,
-            "plain / fast_rows": plain / fast,
-        }
-    )
-    for movement in ("spread rows", "spread keys", "pick rows"):
-        times = time_in_turn(setup_movement(preset_name, num_identities, movement), rounds=7)
+def main() -> None:
+    rows = []
+    for preset_name, num_identities in (("mini", 8), ("paper", 32 if DEVICE == "cuda" else 1)):
+        width = dataclasses.asdict(load_preset(preset_name).decoder)["width"]
+        times = time_in_turn(setup(preset_name, num_identities), rounds=5, warmup=1)
+        plain, fast = times["plain"]["median_ms"], times["fast_rows"]["median_ms"]
         rows.append(
-            {"preset": preset_name, "movement": movement}
-            | {f"{name} ms": t["median_ms"] for name, t in times.items()}
-            | {f"torch / {name}": times["torch"]["median_ms"] / times[name]["median_ms"] for name in list(times)[2:]}
+            {
+                "preset": preset_name,
+                "width": width,
+                "identities": num_identities,
+                "targets": NUM_TARGETS,
+                "plain ms": plain,
+                "fast_rows ms": fast,
+                "plain / fast_rows": plain / fast,
+            }
         )
-report(
-    "masked_rows",
-    rows,
-    "Forward and backward, medians. First rows: the decoder's loss in bf16 autocast; the values agree to rounding, see the "
-    "decoder's tests. Movements: rows in fp32, keys in bf16.",
-)
+        for movement in MOVEMENTS:
+            times = time_in_turn(setup_movement(preset_name, num_identities, movement), rounds=7)
+            rows.append(
+                {"preset": preset_name, "movement": movement}
+                | {f"{name} ms": t["median_ms"] for name, t in times.items()}
+                | {
+                    f"torch / {name}": times["torch"]["median_ms"] / times[name]["median_ms"]
+                    for name in list(times)[2:]
+                }
+            )
+    report(
+        "masked_rows",
+        rows,
+        "Forward and backward, medians. First rows: the decoder's loss in bf16 autocast; the values agree to rounding, see the "
+        "decoder's tests. Movements: rows in fp32, keys in bf16.",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -19,8 +19,8 @@ if DEVICE == "cuda":  # a batch of 32 identities, all rows and those with faces
 MASK_SHARE = 0.8  # of the pixels in a patch that meets a face
 
 
-def setup(case):
-    """Forms over one set of inputs, and how many bytes each keeps for its backward beside its inputs."""
+def inputs_of(case) -> tuple[torch.Tensor, ...]:
+    """hidden, weight, bias, pixels and face_mask."""
     rows, width, values, face_share, dtype = case
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, width, generator=generator)
@@ -29,8 +29,14 @@ def setup(case):
     pixels = torch.rand(rows, values, generator=generator) * 2 - 1
     has_face = torch.rand(rows, 1, generator=generator) < face_share
     mask = has_face & (torch.rand(rows, values, generator=generator) < MASK_SHARE)
-    leaves = (x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight, bias))
-    inputs = (*leaves, pixels.to(DEVICE), mask.to(DEVICE))
+    return *(x.to(DEVICE, dtype) for x in (hidden, weight, bias)), pixels.to(DEVICE), mask.to(DEVICE)
+
+
+def setup(case):
+    """Forms over one set of inputs, and how many bytes each keeps for its backward beside its inputs."""
+    inputs = inputs_of(case)
+    for leaf in inputs[:3]:
+        leaf.requires_grad_()
     given = {x.untyped_storage().data_ptr() for x in inputs}
 
     def run(function):
@@ -56,25 +62,33 @@ def setup(case):
     }
 
 
-rows = []
-for case in CASES:
-    cases, kept = setup(case)
-    times = time_in_turn(cases, rounds=7)
-    median = {name: t["median_ms"] for name, t in times.items()}
-    products = 6 * case[0] * case[3] * case[1] * case[2]  # of the rows that count, three products
-    rows.append(
-        {"R, C, P": case[:3], "face rows": case[3], "dtype": str(case[4]).removeprefix("torch.")}
-        | {f"{name} ms": t for name, t in median.items()}
-        | {f"best other / {name}": min(median["torch"], median["compiled"]) / median[name] for name in list(median)[2:]}
-        | {
-            "GFLOP/s": products / median["omniid"] / 1e6,
-            "torch keeps MB": kept["torch"] / 1e6,
-            "omniid keeps MB": kept["omniid"] / 1e6,
-        }
+def main() -> None:
+    rows = []
+    for case in CASES:
+        cases, kept = setup(case)
+        times = time_in_turn(cases, rounds=7)
+        median = {name: t["median_ms"] for name, t in times.items()}
+        products = 6 * case[0] * case[3] * case[1] * case[2]  # of the rows that count, three products
+        rows.append(
+            {"R, C, P": case[:3], "face rows": case[3], "dtype": str(case[4]).removeprefix("torch.")}
+            | {f"{name} ms": t for name, t in median.items()}
+            | {
+                f"best other / {name}": min(median["torch"], median["compiled"]) / median[name]
+                for name in list(median)[2:]
+            }
+            | {
+                "GFLOP/s": products / median["omniid"] / 1e6,
+                "torch keeps MB": kept["torch"] / 1e6,
+                "omniid keeps MB": kept["omniid"] / 1e6,
+            }
+        )
+    report(
+        "patch_l1",
+        rows,
+        "Forward and backward, medians. Kept: bytes saved for the backward beside the inputs. GFLOP/s counts the products of "
+        "the rows with face pixels.",
     )
-report(
-    "patch_l1",
-    rows,
-    "Forward and backward, medians. Kept: bytes saved for the backward beside the inputs. GFLOP/s counts the products of "
-    "the rows with face pixels.",
-)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 Each person is made from one photo alone; its renders at random poses, expressions and lights are compared with the
 person's other photo (same) and with other people's (different). Blends are compared with their parents and with each
-other. `python benchmarks/bench_rerender.py DATA` reads DATA/london, DATA/face_model, DATA/landmarks and DATA/recognizer
+other. `omniid bench rerender -- DATA` reads DATA/london, DATA/face_model, DATA/landmarks and DATA/recognizer
 (docs/rerender.md); it needs onnxruntime and ai-edge-litert.
 """
 
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from harness import command_line, report
+from harness import command_line, data_folder, end_without_inputs, report
 
 from omniid.data.rerender import (
     PersonMask,
@@ -58,12 +58,16 @@ def five_of_photo(points: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = command_line()
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="?", default=data_folder())
     parser.add_argument("--people", type=int, default=58)
     parser.add_argument("--views", type=int, default=6)
     parser.add_argument("--yaw-range", type=float, default=36.0)
     parser.add_argument("--blends", type=int, default=20)
     arguments = parser.parse_args()
+    folders = [arguments.data / name for name in ("london", "face_model", "landmarks", "recognizer")]
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        end_without_inputs(f"no folder {', '.join(missing)} (docs/rerender.md)")
     model = load_face_model(arguments.data / "face_model")
     recognise = Recogniser(arguments.data / "recognizer" / "MobileFaceNet.onnx")
     reader, person_mask = PhotoReader(arguments.data / "landmarks"), PersonMask(arguments.data / "landmarks")

@@ -1,7 +1,8 @@
 """Timing, hardware card and report, shared by all benchmarks.
 
-A benchmark compares cases that run in the same process, turn by turn, so that a machine whose speed drifts slows all of
-them alike: trust the ratios. Results go to stdout as a table, the last line is one JSON document; `--save` also writes
+A benchmark compares cases that run in the same process, turn by turn and each round in another order, so that a machine
+whose speed drifts slows all of them alike and none always finds the caches as the same one left them: trust the ratios.
+Results go to stdout as a table, the last line is one JSON document; `--save` also writes
 `benchmarks/results/<theme>_<hardware>_<date>.md` and a picture of the times beside it.
 """
 
@@ -10,11 +11,13 @@ import datetime
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -22,19 +25,28 @@ import torch
 from omniid.train.precision import choose_precision
 
 RESULTS = Path(__file__).parent / "results"
+WITHOUT_INPUTS = 77
+"""Exit code of a benchmark that has nothing to measure here; `omniid bench` knows it too."""
+LOAD_BEFORE = os.getloadavg()[0]
+"""Processes that ran or waited for a core in the minute before the benchmark began."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def time_in_turn(cases: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, dict[str, float]]:
-    """Runs all cases once per round, `rounds` times after `warmup`; milliseconds as median, 20th and 80th percentile."""
+    """Runs all cases once per round, `rounds` times after `warmup`; milliseconds as median, 20th and 80th percentile.
+
+    The order is drawn for each round, the same ones in every run.
+    """
+    order, draw = list(cases), random.Random(0)
     for _ in range(warmup):
         for case in cases.values():
             case()
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
-        for name, case in cases.items():
+        draw.shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            case()
+            cases[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) * 1e3)
@@ -76,6 +88,8 @@ def hardware() -> dict[str, str]:
     )
     card = {
         "cpu": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "load": f"{LOAD_BEFORE:.1f} before the run"
+        + (", a machine shared with other programs" if LOAD_BEFORE >= 1 else ""),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -84,6 +98,19 @@ def hardware() -> dict[str, str]:
         ).stdout.strip(),
     }
     return card
+
+
+def data_folder() -> Path:
+    """Photos and models: the folder of face backend `files`, or ../shared/data beside the repository."""
+    from omniid.faces.files import FOLDER_VARIABLE
+
+    return Path(os.environ.get(FOLDER_VARIABLE) or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+
+def end_without_inputs(reason: object) -> NoReturn:
+    """Ends a benchmark whose photos, models or records are not here, with a sentence that says what and where it looked."""
+    print(f"not measured: {reason}", file=sys.stderr)
+    sys.exit(WITHOUT_INPUTS)
 
 
 def command_line() -> argparse.ArgumentParser:

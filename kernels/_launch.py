@@ -56,10 +56,10 @@ def chip_of(tensor) -> tuple[tuple[int, int] | None, int]:
     """Compute capability (None in the interpreter) and number of multiprocessors of the device that holds `tensor`."""
     import torch
 
-    if not tensor.is_cuda:
-        return None, 1
-    properties = torch.cuda.get_device_properties(tensor.device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+    if tensor.is_cuda:  # GPU only: there is no device to ask
+        properties = torch.cuda.get_device_properties(tensor.device)
+        return (properties.major, properties.minor), properties.multi_processor_count
+    return None, 1
 
 
 def interpreting() -> bool:
@@ -80,6 +80,22 @@ def check_triton_dtype(operation: str, dtype, has_products: bool = True) -> None
         raise ValueError(
             f"{operation}: Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 there, or a GPU"
         )
+
+
+def native_takes(*dtypes) -> bool:
+    """Whether native kernels that compute take all of the dtypes."""
+    import torch
+
+    return all(dtype in (torch.float32, torch.bfloat16) for dtype in dtypes)
+
+
+def check_native_dtype(operation: str, *dtypes) -> None:
+    """Raises ValueError where a native kernel does not take one of the dtypes."""
+    for dtype in dtypes:
+        if not native_takes(dtype):
+            raise ValueError(
+                f"{operation} runs natively in float32 and bfloat16, got {dtype}; convert or use OMNIID_KERNELS=auto"
+            )
 
 
 def on_device_of(tensor):

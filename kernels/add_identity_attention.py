@@ -16,15 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _native_attention as native
-from ._launch import chip_of, constant_when_compiled, pick
+from ._launch import check_native_dtype, chip_of, constant_when_compiled, pick
 from .dense_attention import dense_attention
 from .fp8_rows import FP8, check_fp8
-from .varlen_cross_attention import (
-    check_native,
-    check_triton_head,
-    preferred_order,
-    varlen_cross_attention,
-)
+from .varlen_cross_attention import check_triton_head, preferred_order, varlen_cross_attention
 
 
 def add_identity_attention_reference(
@@ -322,7 +317,7 @@ def _check_triton(out: Tensor, q: Tensor) -> None:
 
 
 def _check_native(out: Tensor, q: Tensor) -> None:
-    check_native("add_identity_attention", q)
+    check_native_dtype("add_identity_attention", q.dtype)
     _check_channels(out, "natively")
     if out.dtype != q.dtype:
         raise ValueError(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._launch import chip_of, constant_when_compiled, pick
+from ._launch import check_native_dtype, chip_of, constant_when_compiled, native_takes, pick
 from ._native_library import call_native
 
 
@@ -45,18 +45,20 @@ def spread_rows(rows: Tensor, visible: Tensor, num_targets: int, num_patches: in
     """All targets' rows (B * T, N, ...) from the rows that differ, (B, N + T * V, ...).
 
     The first N rows are the masked patches, equal for all targets; the others replace them where a target's patch is
-    visible (B, T, V) int64, distinct within a target. The gradient is deterministic. fp32 and bf16 on a CPU run
-    natively where the library is built; other dtypes (float64 among them) and devices take the reference. Triton takes
+    visible (B, T, V) int64, distinct within a target. The gradient is deterministic. `auto` runs fp32 and bf16 on a CPU
+    natively where the library is built, other dtypes (float64 among them) and devices by the reference. Triton takes
     floating dtypes, and trusts indices that lie on a GPU: to check them there would stall it.
-    Raises ValueError for shapes or indices that do not fit and for an implementation that cannot run.
+    Raises ValueError for shapes or indices that do not fit and for an implementation that cannot run, for this dtype too.
     """
     _check_spread(rows, visible, num_targets, num_patches)
-    chosen = _chosen(rows.device.type)
-    if chosen == "triton" and not rows.is_floating_point():
+    chosen = _chosen(rows.device.type, native_takes(rows.dtype))
+    if chosen == "reference":
+        return spread_rows_reference(rows, visible, num_targets, num_patches)
+    if chosen == "native":
+        check_native_dtype("spread_rows", rows.dtype)
+    elif not rows.is_floating_point():
         raise ValueError(f"spread_rows in Triton takes floating dtypes, got {rows.dtype}; use OMNIID_KERNELS=auto")
-    if chosen == "triton" or (chosen == "native" and rows.dtype in (torch.float32, torch.bfloat16)):
-        return _spread(rows, visible, num_targets, num_patches, chosen)
-    return spread_rows_reference(rows, visible, num_targets, num_patches)
+    return _spread(rows, visible, num_targets, num_patches, chosen)
 
 
 def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
             f"got rows {tuple(rows.shape)}, index {tuple(index.shape)} {index.dtype}"
         )
     _check_devices(rows, index, "index")
-    chosen = _chosen(rows.device.type)
+    chosen = _chosen(rows.device.type, True)
     if chosen == "triton" and rows.element_size() > 8:
         raise ValueError(f"pick_rows in Triton takes up to 8 bytes a value, got {rows.dtype}; use OMNIID_KERNELS=auto")
     return pick_rows_reference(rows, index) if chosen == "reference" else _pick(rows, index, chosen)
@@ -118,8 +120,9 @@ def _check_devices(rows: Tensor, index: Tensor, name: str) -> None:
 
 
 @constant_when_compiled
-def _chosen(device: str) -> str:
-    return pick("masked_rows", ("native", "reference", "triton"), device=device)
+def _chosen(device: str, fits_native: bool) -> str:
+    order = ("native", "reference", "triton") if fits_native else ("reference", "triton", "native")
+    return pick("masked_rows", order, device=device)
 
 
 def _tiles(out: Tensor) -> MovementTiles:
@@ -253,7 +256,7 @@ def _byte_strides(x: Tensor) -> list[int]:
 
 def _check_indices(name: str, index: Tensor, num_rows: int) -> None:
     """For Triton, where they lie on a CPU."""
-    if index.is_cpu:
+    if index.is_cpu:  # always so without a GPU
         outside = bool(((index < 0) | (index >= num_rows)).any())
         ordered = index.sort(-1).values
         _raise_for(1 if outside else 2 if bool((ordered.diff(dim=-1) == 0).any()) else 0, name, num_rows)

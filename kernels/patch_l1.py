@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import check_triton_dtype, chip_of, constant_when_compiled, pick
+from ._launch import check_native_dtype, check_triton_dtype, chip_of, constant_when_compiled, native_takes, pick
 from ._native_library import call_native
 from .masked_rows import place_rows
 
@@ -42,8 +42,8 @@ def patch_l1(hidden: Tensor, weight: Tensor, bias: Tensor, pixels: Tensor, face_
     """Mean absolute error of hidden (R, C) projected by weight (P, C) and bias (P) inside face_mask (R, P), a scalar.
 
     pixels: (R, P). face_mask: (R, P) bool; values outside it, NaN among them, count for nothing. Under autocast the
-    projection runs in its dtype, as a linear layer does. The result is fp32, or float64 from float64 inputs. fp32 and
-    bf16 on a CPU run natively where the library is built; other dtypes (float64 among them) and devices take the
+    projection runs in its dtype, as a linear layer does. The result is fp32, or float64 from float64 inputs. `auto`
+    runs fp32 and bf16 on a CPU natively where the library is built, other dtypes (float64 among them) and devices by the
     reference. Triton takes fp32, fp16 and bf16. All gradients are deterministic.
     Raises ValueError for shapes, dtypes or devices that do not fit and for an implementation that cannot run.
     """
@@ -57,15 +57,15 @@ def patch_l1(hidden: Tensor, weight: Tensor, bias: Tensor, pixels: Tensor, face_
             f"hidden is {hidden.dtype}, weight {weight.dtype} and bias {bias.dtype}; cast them to one dtype or run "
             "under torch.autocast"
         )
-    chosen = _chosen(hidden.device.type)
-    if chosen == "triton":
+    chosen = _chosen(hidden.device.type, native_takes(hidden.dtype, pixels.dtype))
+    if chosen == "reference":
+        return patch_l1_reference(hidden, weight, bias, pixels, face_mask)
+    if chosen == "native":
+        check_native_dtype("patch_l1", hidden.dtype, pixels.dtype)
+    else:
         check_triton_dtype("patch_l1", hidden.dtype)
         if pixels.dtype == torch.float64:
             raise ValueError("patch_l1 in Triton takes pixels of up to 4 bytes, got torch.float64; make them float32")
-    elif not (hidden.dtype in _NATIVE_DTYPES and pixels.dtype in _NATIVE_DTYPES):
-        chosen = "reference"
-    if chosen == "reference":
-        return patch_l1_reference(hidden, weight, bias, pixels, face_mask)
     return _forward(hidden, weight, bias, pixels, face_mask, chosen)[0]
 
 
@@ -129,8 +129,9 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor, pixels: Tensor, face_ma
 
 
 @constant_when_compiled
-def _chosen(device: str) -> str:
-    return pick("patch_l1", ("native", "reference", "triton"), device=device)
+def _chosen(device: str, fits_native: bool) -> str:
+    order = ("native", "reference", "triton") if fits_native else ("reference", "triton", "native")
+    return pick("patch_l1", order, device=device)
 
 
 def _tiles(hidden: Tensor, values: int) -> tuple[PatchTiles, PatchTiles, PatchTiles]:

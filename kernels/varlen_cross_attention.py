@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _native_attention as native
-from ._launch import chip_of, constant_when_compiled, interpreting, pick
+from ._launch import check_native_dtype, chip_of, constant_when_compiled, interpreting, native_takes, pick
 from .dense_attention import dense_attention
 
 MAX_SEQUENCES = 1 << 16  # Triton's tiles find their sequence by a scan over all
@@ -86,7 +86,7 @@ def native_is_faster(
     num_queries: of each sequence. multiply_adds: of the product of queries and keys, over all sequences and heads.
     capability: as of `torch.backends.cpu.get_cpu_capability`. Ratios are of one AVX2 core at 2.4 GHz, in fp32.
     """
-    if dtype not in native.DTYPES or capability != "AVX2":
+    if not native_takes(dtype) or capability != "AVX2":
         return False  # not measured with AVX-512, whose AVX512_BF16 also gives PyTorch fast products in bf16
     if num_queries < 32:
         return False  # a tile holds 16 queries: 0.5 of PyTorch's speed at 1, 0.8 to 0.95 at 8, 0.95 to 1.2 at 16
@@ -187,7 +187,7 @@ def _operator(
     chosen = _picked(q, implementation)
     if chosen == "native":
         return native.attend(q, k, v, **_for_native(q, k, cu_seqlens_k, cu_seqlens_q, scale))
-    if cu_seqlens_k.device.type == "cpu" and (cu_seqlens_q is None or cu_seqlens_q.device.type == "cpu"):
+    if all(cu is None or cu.is_cpu for cu in (cu_seqlens_k, cu_seqlens_q)):  # always so without a GPU
         _check_bounds(q, k, cu_seqlens_k, cu_seqlens_q)
     if chosen == "reference":
         return _reference_forward(q, k, v, cu_seqlens_k, cu_seqlens_q, scale)
@@ -263,7 +263,7 @@ _operator.register_autograd(_differentiate, setup_context=_save)
 
 def _for_native(q: Tensor, k: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor | None, scale: float) -> dict:
     """Checks what the native form would read out of bounds; its arguments."""
-    check_native("varlen_cross_attention", q)
+    check_native_dtype("varlen_cross_attention", q.dtype)
     _check_bounds(q, k, cu_seqlens_k, cu_seqlens_q)
     q_bounds, k_bounds = (
         None if cu is None else cu.to("cpu", torch.int64).contiguous() for cu in (cu_seqlens_q, cu_seqlens_k)
@@ -362,7 +362,7 @@ def _out_shape(q: Tensor, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor | None) -> 
 
 def _picked(q: Tensor, implementation: str) -> str:
     # Reached with "" only from compiled code, where PyTorch's own form would have to read lengths while tracing.
-    order = ("native", "reference", "triton") if q.dtype in native.DTYPES else ("reference", "triton", "native")
+    order = ("native", "reference", "triton") if native_takes(q.dtype) else ("reference", "triton", "native")
     return pick("varlen_cross_attention", order, device=q.device.type, wish=implementation or None)
 
 
@@ -389,14 +389,6 @@ def check_triton_head(operation: str, q: Tensor) -> None:
         raise ValueError(
             f"{operation} in Triton takes head sizes {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {q.shape[-1]}; "
             "use implementation='auto'"
-        )
-
-
-def check_native(operation: str, q: Tensor) -> None:
-    """Raises ValueError where the native attention does not take the dtype of q."""
-    if q.dtype not in native.DTYPES:
-        raise ValueError(
-            f"{operation} runs natively in float32 and bfloat16, got {q.dtype}; convert or use implementation='auto'"
         )
 
 

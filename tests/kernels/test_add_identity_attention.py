@@ -104,11 +104,12 @@ def test_triton_in_bfloat16(shape, triton_device, poisoned, assert_accurate):
     check("triton", shape, torch.bfloat16, triton_device, assert_accurate)
 
 
+@pytest.mark.parametrize("size", [80, 64], ids=["in two parts", "in one"])
 @pytest.mark.parametrize("resident", [True, False], ids=["resident", "through L2"])
-def test_triton_at_several_tiles_a_program(resident, triton_device):
+def test_triton_at_several_tiles_a_program(resident, size, triton_device):
     from omniid.kernels.triton.add_identity_attention import add_in_place
 
-    out, q, k, v, _ = inputs(1, 37, 19, 1, 80, device=triton_device)
+    out, q, k, v, _ = inputs(1, 37, 19, 1, size, device=triton_device)
     exact = add_identity_attention_reference(*(x.double() for x in (out, q, k, v)), 0.5)
     add_in_place(out, q, k, v, None, 0.5, None, None, IdentityTiles(16, 32 if resident else 16, 2, resident, 4, 1))
     torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
@@ -298,6 +299,17 @@ def test_native_refuses_what_it_cannot_do():
     differentiated = [x.double().requires_grad_() for x in (out, q, k, v)]
     with pytest.raises(ValueError, match="runs natively in float32 and bfloat16"):
         add_identity_attention(*differentiated, implementation="native")
+
+
+@needs_native
+def test_auto_leaves_to_torch_what_native_does_not_take(monkeypatch):
+    """At a size where it prefers the native form: keys of another dtype than out, and channels that lie apart."""
+    monkeypatch.setattr("omniid.kernels.varlen_cross_attention._cpu_capability", lambda: "AVX2")
+    out, q, k, v, scale = inputs(4, 64, 32, 3, 64)
+    exact = add_identity_attention_reference(*(x.double() for x in (out, q, k, v, scale)))
+    for place in (out.double(), out.transpose(2, 3).contiguous().transpose(2, 3)):
+        for sum_ in (add_identity_attention(place, q, k, v, scale), add_identity_attention_(place, q, k, v, scale)):
+            torch.testing.assert_close(sum_.double(), exact, atol=1e-5, rtol=1e-5)
 
 
 def test_tiles_follow_from_sizes():

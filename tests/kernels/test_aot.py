@@ -83,6 +83,39 @@ def test_refusals(tmp_path):
     assert "no kernel has 'nonsense' in its name" in run.stderr
 
 
+@pytest.mark.slow
+def test_exit_code_1_for_a_kernel_that_spills_and_lacks_the_instruction(tmp_path):
+    """One warp has too few registers for a tile, and wgmma is an instruction of four."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    code = """
+import dataclasses, sys
+from omniid.kernels import aot
+defaults = aot.variants
+aot.variants = lambda capability: (dataclasses.replace(v, num_warps=1) for v in defaults(capability))
+sys.exit(aot.main(["--chip", "sm_90a", "--kernel", "identity_d64"]))
+"""
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
+    names, values = (line.split() for line in run.stdout.splitlines())
+    row = dict(zip(names, values, strict=True))
+    assert row["kernel"] == "identity_d64" and row["instruction"] == "none" and int(row["spill_bytes"]) > 0
+
+
+def test_without_triton_it_is_wrong_usage(monkeypatch, capsys):
+    from omniid.kernels import aot
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(SystemExit) as ended:
+        aot.main([])
+    assert ended.value.code == 2
+    assert "triton is not installed; pip install 'omniid[triton]'" in capsys.readouterr().err
+
+
 def test_row_is_good_only_without_spills_and_with_the_instruction():
     from omniid.kernels.aot import Row
 

@@ -137,6 +137,22 @@ def test_a_second_backward_and_each_gradient_by_itself(implementation, triton_de
 
 
 @BOTH
+def test_a_gradient_that_does_not_arrive_leaves_none(implementation, triton_device, generator):
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    leaves = [t.requires_grad_() for t in draw((5, 8), generator, device=triton_device)]
+    loss = Cut.apply(gelu_fp8(*leaves, implementation=implementation).carrier).sum()
+    assert torch.autograd.grad(loss, leaves, allow_unused=True) == (None, None)
+
+
+@BOTH
 def test_compile_and_export(implementation, triton_device, generator):
     x, bias = draw((5, 8), generator, device=triton_device)
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,13 @@ def test_an_operation_without_the_implementation_refuses_it(machine, monkeypatch
     monkeypatch.setenv("OMNIID_KERNELS", "native")
     with pytest.raises(ValueError, match=r"OMNIID_KERNELS=native, but x has no native.*one of: triton, reference$"):
         pick("x", ("torch", "triton", "reference"), device="cpu")
+
+
+def test_the_folder_is_refused_as_a_package_of_another_name():
+    repository = Path(__file__).resolve().parents[2]
+    run = subprocess.run([sys.executable, "-c", "import kernels"], cwd=repository, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "import this package as 'omniid.kernels', not 'kernels'" in run.stderr
 
 
 def test_importing_the_operations_loads_no_triton(tmp_path):

@@ -24,6 +24,7 @@ SHAPES = [
     (3, 4, 31, 2, (7,)),
     (2, 8, 17, 1, (3, 16)),
     (1, 2, 257, 13, (1, 65)),
+    (1, 1, 256, 2, (3,)),  # the visible rows fall into a block of their own
     (2, 5, 7, 0, (2, 3, 5)),
     (0, 4, 8, 2, (6,)),
     (2, 1, 3, 3, (129,)),
@@ -175,7 +176,7 @@ def test_a_second_backward_repeats_the_first(implementation, generator):
     assert torch.equal(torch.autograd.grad(loss, rows)[0], first)
 
 
-@implementations("native", "reference")
+@implementations("auto", "reference")
 def test_gradcheck(implementation, generator):
     rows, *rest = draw((2, 3, 4, 1, (2,)), generator, torch.float64)
     assert torch.autograd.gradcheck(lambda x: spread_rows(x, *rest), rows.requires_grad_())
@@ -223,6 +224,18 @@ def test_compile_and_export(implementation, generator):
     assert torch.equal(compiled(rows, visible, index), expected)
     exported = torch.export.export(Rows(), (rows, visible, index)).module()
     assert torch.equal(exported(rows, visible, index), expected)
+
+
+@implementations("native")
+def test_native_refuses_dtypes_that_only_the_reference_sums(implementation, monkeypatch, generator):
+    for dtype in (torch.float64, torch.float16, torch.int32):
+        rows, *rest = draw((2, 3, 6, 2, (5,)), generator, dtype)
+        monkeypatch.setenv("OMNIID_KERNELS", "native")
+        words = f"spread_rows runs natively in float32 and bfloat16, got {dtype}; convert or use OMNIID_KERNELS=auto"
+        with pytest.raises(ValueError, match=words):
+            spread_rows(rows, *rest)
+        monkeypatch.setenv("OMNIID_KERNELS", "auto")
+        assert torch.equal(spread_rows(rows, *rest), spread_rows_reference(rows, *rest))
 
 
 @implementations("triton")

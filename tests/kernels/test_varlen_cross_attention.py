@@ -355,6 +355,10 @@ def test_tiles_follow_from_sizes():
     assert forward_tiles(**sizes | {"num_queries": 64}, num_sequences=32, **hopper).block_q == 64
     assert forward_tiles(**sizes | {"element_size": 4}, num_sequences=32, **hopper).block_k == 32
     assert forward_tiles(**sizes, num_sequences=1, capability=None) == Tiles(128, 128, 4, 1, 1)
+    blackwell = forward_tiles(**sizes, num_sequences=32, capability=(10, 0))
+    assert blackwell == Tiles(128, 128, 8, 2, 1), "64 keys of a head in two parts would spill there"
+    assert forward_tiles(**sizes | {"head_dim": 64}, num_sequences=32, capability=(10, 0)).block_k == 64
+    assert backward_tiles(head_dim=80, element_size=2, capability=(8, 0))[1] == Tiles(32, 64, 8, 2)
     assert backward_tiles(head_dim=64, element_size=2, capability=(9, 0))[0].num_warps == 4
     assert backward_tiles(head_dim=80, element_size=2, capability=(9, 0))[1].num_warps == 8
     assert backward_tiles(head_dim=80, element_size=4, capability=(9, 0))[1] == Tiles(32, 32, 4, 1)
