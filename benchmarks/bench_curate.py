@@ -85,7 +85,9 @@ def score(summaries: list[dict], folder: Path) -> dict:
     }
 
 
-def killed(videos: list[Path], settings: Settings, wanted: Path, times: int, seconds: float) -> dict[str, int]:
+def killed(
+    videos: list[Path], settings: Settings, wanted: Path, times: int, seconds: float, workers: int
+) -> dict[str, int]:
     """Kills the command at random moments and lets a last call end: how many calls a kill met, how many shards differ from
     the wanted ones.
     """
@@ -94,14 +96,13 @@ def killed(videos: list[Path], settings: Settings, wanted: Path, times: int, sec
         command = [sys.executable, "-P", "-m", "omniid.cli.main", "data", "curate", *map(str, videos), "-o", output]
         for option, value in asdict(settings).items():
             command += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
+        command += ["--workers", str(workers)]
         for _ in range(times):
-            with subprocess.Popen(
-                [*command, "--workers", "1"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-            ) as call:
+            with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as call:
                 time.sleep(rng.uniform(1, max(2.0, 1.5 * seconds / times)))
                 met += call.poll() is None
                 call.kill()
-        subprocess.run([*command, "--workers", "1"], check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         ours = {path.name: path.read_bytes() for path in Path(output).glob("*.parquet")}
         theirs = {path.name: path.read_bytes() for path in wanted.glob("*.parquet")}
         differ = sum(ours.get(name) != theirs.get(name) for name in ours | theirs)
@@ -142,7 +143,7 @@ def main() -> None:
         row |= {"ratio": row["yaw range"] / max(row["of random 8"], 1e-9), "frames/s": counts["frames"] / seconds}
         row |= {f"{name} %": round(100 * value / spent) for name, value in totals["times"].items()}
         if arguments.kill:
-            row |= killed(videos, settings, output, arguments.kill, seconds)
+            row |= killed(videos, settings, output, arguments.kill, seconds, arguments.workers)
     report(
         "curate",
         [row],
