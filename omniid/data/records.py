@@ -14,6 +14,8 @@ from PIL import Image
 from omniid.errors import OmniIDError
 from omniid.faces.landmarks import check_landmarks
 
+from .mapped_pages import MappedPages
+
 COLUMNS = ("identity_id", "images", "masks", "landmarks", "pose", "quality", "captions", "source", "split")
 
 
@@ -76,6 +78,11 @@ class LazyList(Sequence):
 
     def __len__(self) -> int:
         return len(self.values)
+
+
+def mapped_pages(rows) -> MappedPages:
+    """The files that a `datasets.Dataset` maps; none of other rows, which are in memory."""
+    return MappedPages(file["filename"] for file in getattr(rows, "cache_files", ()))
 
 
 def read_row(rows, index: int) -> Mapping:
