@@ -29,6 +29,7 @@ def open_records(folder: str | Path, split: str):
     The rows stay on disk (memory-mapped). Raises RecordError when the folder holds no such shard or lacks a column.
     """
     import datasets
+    from pyarrow.dataset import ParquetFragmentScanOptions
 
     files = sorted(str(path) for path in Path(folder).glob(f"{split}-*.parquet"))
     if not files:
@@ -37,7 +38,9 @@ def open_records(folder: str | Path, split: str):
         )
     datasets.disable_progress_bars()
     try:
-        rows = datasets.Dataset.from_parquet(files)
+        # With pre_buffer pyarrow would hold a whole shard while it is copied into the file that is mapped.
+        options = ParquetFragmentScanOptions(pre_buffer=False)
+        rows = datasets.Dataset.from_parquet(files, fragment_scan_options=options)
     except Exception as error:  # pyarrow and datasets raise many kinds for a damaged shard
         raise RecordError(
             f"the records in {folder} cannot be read ({error}); inspect them with: omniid data inspect {folder}"
