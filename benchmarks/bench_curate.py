@@ -85,11 +85,9 @@ def score(summaries: list[dict], folder: Path) -> dict:
     }
 
 
-def killed(
-    videos: list[Path], settings: Settings, wanted: Path, times: int, seconds: float, workers: int
-) -> dict[str, int]:
-    """Kills the command at random moments and lets a last call end: how many calls a kill met, how many shards differ from
-    the wanted ones.
+def killed(videos: list[Path], settings: Settings, wanted: Path, times: int, workers: int) -> dict[str, int]:
+    """Kills the command at random moments, each within the work on a random next video, and lets a last call end: how many
+    kills met a running call, how many shards differ from the wanted ones.
     """
     rng, met = random.Random(0), 0
     with tempfile.TemporaryDirectory() as output:
@@ -97,9 +95,17 @@ def killed(
         for option, value in asdict(settings).items():
             command += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
         command += ["--workers", str(workers)]
-        for _ in range(times):
+
+        def finished() -> int:
+            return len(list(Path(output).glob("videos/*.json")))
+
+        for turn in range(times):
+            done = finished()
+            wait_for = done + rng.randint(0, max(0, (len(videos) - done) // (times - turn) - 1))
             with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as call:
-                time.sleep(rng.uniform(1, max(2.0, 1.5 * seconds / times)))
+                while call.poll() is None and finished() < wait_for:
+                    time.sleep(0.05)
+                time.sleep(rng.uniform(0, 3))
                 met += call.poll() is None
                 call.kill()
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -143,7 +149,7 @@ def main() -> None:
         row |= {"ratio": row["yaw range"] / max(row["of random 8"], 1e-9), "frames/s": counts["frames"] / seconds}
         row |= {f"{name} %": round(100 * value / spent) for name, value in totals["times"].items()}
         if arguments.kill:
-            row |= killed(videos, settings, output, arguments.kill, seconds, arguments.workers)
+            row |= killed(videos, settings, output, arguments.kill, arguments.workers)
     report(
         "curate",
         [row],
