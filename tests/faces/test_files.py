@@ -184,7 +184,7 @@ def test_tiny_faces_are_measured_with_little_quality(finder, portrait, side):
 def test_faces_too_tiny_to_be_measured_are_said_not_to_be_there(finder, portrait):
     photo = Image.new("RGB", (400, 300), (90, 100, 80))
     photo.paste(portrait.resize((10, 10)), (250, 120))
-    with pytest.raises(FaceError, match="no face found .* large"):
+    with pytest.raises(FaceError, match=r"no face found .* large"):
         finder.find(photo)
 
 
