@@ -99,7 +99,7 @@ setup(
         "huggingface_hub>=0.34",
         "safetensors>=0.6",
         "sentencepiece>=0.2",
-        "datasets>=4.0",
+        "datasets>=4.2",
         "simplejpeg>=1.8",
         "pillow>=11",
         "click>=8.1",

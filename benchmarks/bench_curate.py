@@ -83,23 +83,34 @@ def score(summaries: list[dict], folder: Path) -> dict:
     }
 
 
-def killed(videos: list[Path], settings: Settings, wanted: Path, times: int, seconds: float) -> int:
-    """Kills the command at random moments, lets a last call end, and counts shards that differ from the wanted ones."""
-    rng = random.Random(0)
+def killed(videos: list[Path], settings: Settings, wanted: Path, times: int, workers: int) -> dict[str, int]:
+    """Kills the command at random moments, each within the work on a random next video, and lets a last call end: how many
+    kills met a running call, how many shards differ from the wanted ones.
+    """
+    rng, met = random.Random(0), 0
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-P", "-m", "omniid.cli.main", "data", "curate", *map(str, videos), "-o", output]
         for option, value in asdict(settings).items():
             command += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
-        for _ in range(times):
-            with subprocess.Popen(
-                [*command, "--workers", "1"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-            ) as call:
-                time.sleep(rng.uniform(1, max(2.0, 1.5 * seconds / times)))
+        command += ["--workers", str(workers)]
+
+        def finished() -> int:
+            return len(list(Path(output).glob("videos/*.json")))
+
+        for turn in range(times):
+            done = finished()
+            wait_for = done + rng.randint(0, max(0, (len(videos) - done) // (times - turn) - 1))
+            with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as call:
+                while call.poll() is None and finished() < wait_for:
+                    time.sleep(0.05)
+                time.sleep(rng.uniform(0, 3))
+                met += call.poll() is None
                 call.kill()
-        subprocess.run([*command, "--workers", "1"], check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         ours = {path.name: path.read_bytes() for path in Path(output).glob("*.parquet")}
         theirs = {path.name: path.read_bytes() for path in wanted.glob("*.parquet")}
-        return sum(ours.get(name) != theirs.get(name) for name in ours | theirs)
+        differ = sum(ours.get(name) != theirs.get(name) for name in ours | theirs)
+        return {"kills": met, "shards": len(theirs), "of which differ": differ}
 
 
 def main() -> None:
@@ -135,7 +146,7 @@ def main() -> None:
         row |= {"ratio": row["yaw range"] / max(row["of random 8"], 1e-9), "frames/s": counts["frames"] / seconds}
         row |= {f"{name} %": round(100 * value / spent) for name, value in totals["times"].items()}
         if arguments.kill:
-            row["shards that differ after kills"] = killed(videos, settings, output, arguments.kill, seconds)
+            row |= killed(videos, settings, output, arguments.kill, arguments.workers)
     report(
         "curate",
         [row],

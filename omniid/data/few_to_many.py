@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omniid.data.latent_cache import LatentCache
 from omniid.data.photo_budget import PhotoBudget
-from omniid.data.records import RecordError, decode_image, decode_mask, read_row, scaled_landmarks
+from omniid.data.records import RecordError, decode_image, decode_mask, mapped_pages, read_row, scaled_landmarks
 from omniid.faces.landmarks import mirror_landmarks
 
 
@@ -100,12 +100,14 @@ class FewToManyBatches(torch.utils.data.Dataset):
         self.rank, self.world_size = rank, world_size
         self.latents = latents or {}
         self.budget = PhotoBudget(num_inputs, photos // world_size, seed) if photos else None
+        self._pages = mapped_pages(rows)
         self._last_order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
+        self._pages.trim()
         places, sizes = self._places(step)
         count, photo = len(places), (self.size, self.size, 3)
         # Photos are decoded to where they stay: stacking them and moving them between processes took a third of the time.

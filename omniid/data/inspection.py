@@ -20,6 +20,7 @@ from omniid.faces.photo import MAX_PIXELS
 
 from ..errors import OmniIDError
 from .histogram import Histogram
+from .mapped_pages import MappedPages
 from .records import COLUMNS, RecordError
 from .shared_images import SharedImages
 
@@ -93,7 +94,9 @@ def inspect_records(folder: str | Path, progress: Callable[[int], None] = lambda
                     continue
                 a_row = max(1, path.stat().st_size // max(1, shard.metadata.num_rows))
                 at_once = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // a_row))
+                pages = MappedPages([path])
                 for batch in shard.iter_batches(batch_size=at_once, columns=list(COLUMNS)):
+                    pages.trim()
                     for record in batch.to_pylist():
                         problem = check_row(record, f"{path.name} row {row}", seen, result, total)
                         result.problems += [problem] if problem else []

@@ -17,7 +17,7 @@ import pyarrow.compute
 import torch
 from torch import Tensor
 
-from omniid.data.records import RecordError, read_row
+from omniid.data.records import RecordError, mapped_pages, read_row
 from omniid.errors import OmniIDError
 from omniid.files import atomic_path
 
@@ -43,10 +43,12 @@ class LatentSource:
 
     def __init__(self, rows):
         self.rows = rows.with_format("arrow")
+        self._pages = mapped_pages(rows)
         # A digest for each column: how the rows are spread over files and batches changes nothing.
         names, sizes, points = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
         counts, stride = [], math.ceil(len(rows) / SAMPLED_ROWS)
         for table in self.rows.iter(batch_size=256):
+            self._pages.trim()
             names.update("".join(f"{name}\0" for name in table.column("identity_id").to_pylist()).encode())
             for chunk in table.column("images").chunks:
                 counts.append(pyarrow.compute.list_value_length(chunk).fill_null(0).to_numpy())
@@ -76,6 +78,7 @@ class LatentSource:
         for photo in range(first, last):
             found = int(np.searchsorted(self.first, photo, side="right")) - 1
             if found != index:
+                self._pages.trim()
                 index, row = found, read_row(self.rows, found)
             yield row, photo - int(self.first[index])
 

@@ -11,6 +11,7 @@ from omniid.faces import FaceCrop, FaceError, analyzer
 from omniid.faces.photo import SUFFIXES
 
 from .inspection import Inspection, check_row
+from .mapped_pages import MappedPages
 from .record_shards import (
     HELD_OUT_SPLIT,
     finished_shard,
@@ -215,7 +216,9 @@ def _rows(folders: Sequence[str | Path], problems: list[dict]) -> Iterator[tuple
             number = 0
             try:
                 with parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as shard:
+                    pages = MappedPages([path])
                     for batch in shard.iter_batches(batch_size=4, columns=list(COLUMNS)):
+                        pages.trim()
                         for row in batch.to_pylist():
                             yield f"{path} row {number}", row
                             number += 1

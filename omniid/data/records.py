@@ -14,6 +14,8 @@ from PIL import Image
 from omniid.errors import OmniIDError
 from omniid.faces.landmarks import check_landmarks
 
+from .mapped_pages import MappedPages
+
 COLUMNS = ("identity_id", "images", "masks", "landmarks", "pose", "quality", "captions", "source", "split")
 
 
@@ -27,6 +29,7 @@ def open_records(folder: str | Path, split: str):
     The rows stay on disk (memory-mapped). Raises RecordError when the folder holds no such shard or lacks a column.
     """
     import datasets
+    from pyarrow.dataset import ParquetFragmentScanOptions
 
     files = sorted(str(path) for path in Path(folder).glob(f"{split}-*.parquet"))
     if not files:
@@ -35,7 +38,9 @@ def open_records(folder: str | Path, split: str):
         )
     datasets.disable_progress_bars()
     try:
-        rows = datasets.Dataset.from_parquet(files)
+        # With pre_buffer pyarrow would hold a whole shard while it is copied into the file that is mapped.
+        options = ParquetFragmentScanOptions(pre_buffer=False)
+        rows = datasets.Dataset.from_parquet(files, fragment_scan_options=options)
     except Exception as error:  # pyarrow and datasets raise many kinds for a damaged shard
         raise RecordError(
             f"the records in {folder} cannot be read ({error}); inspect them with: omniid data inspect {folder}"
@@ -76,6 +81,11 @@ class LazyList(Sequence):
 
     def __len__(self) -> int:
         return len(self.values)
+
+
+def mapped_pages(rows) -> MappedPages:
+    """The files that a `datasets.Dataset` maps; none of other rows, which are in memory."""
+    return MappedPages(file["filename"] for file in getattr(rows, "cache_files", ()))
 
 
 def read_row(rows, index: int) -> Mapping:

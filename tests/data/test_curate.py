@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as parquet
 import pytest
 from click.testing import CliRunner
@@ -209,6 +210,21 @@ def test_a_curation_killed_at_random_moments_ends_with_the_same_set(videos, cura
     assert sorted(path.name for path in output.glob("*.parquet")) == shards
     for name in shards:
         assert (output / name).read_bytes() == (curated[0] / name).read_bytes()
+
+
+@needs_models
+@pytest.mark.slow
+def test_workers_end_with_a_call_that_is_killed(videos, tmp_path):
+    command = [sys.executable, "-P", "-m", "omniid.cli.main", "data", "curate", str(videos[0]), "-o", str(tmp_path)]
+    command += ["--faces", SETTINGS.faces, "--size", "96", "--min-face", "60", "--workers", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as call:
+        while call.poll() is None and not list(tmp_path.glob("videos/*.json")):
+            time.sleep(0.05)
+        started = psutil.Process(call.pid).children(recursive=True)
+        call.kill()
+    assert len(started) >= 2
+    _, alive = psutil.wait_procs(started, timeout=120)
+    assert not alive
 
 
 @needs_models

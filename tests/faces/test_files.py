@@ -170,6 +170,24 @@ def test_a_small_face_in_a_40_megapixel_photo_is_found(finder, portrait):
     assert found.quality < finder.find(portrait).quality
 
 
+@pytest.mark.parametrize("side", [48, 32])  # of the photo: the face is two thirds of it
+def test_tiny_faces_are_measured_with_little_quality(finder, portrait, side):
+    photo = Image.new("RGB", (400, 300), (90, 100, 80))
+    photo.paste(portrait.resize((side, side)), (250, 120))
+    face = finder.find(photo)
+    straight = finder.find(portrait)
+    assert np.abs(face.points[:2] - (straight.points[:2] * (side / portrait.width) + [250, 120])).max() < 0.06 * side
+    np.testing.assert_allclose(face.pose, straight.pose, atol=5)
+    assert face.quality < 0.2 * straight.quality
+
+
+def test_faces_too_tiny_to_be_measured_are_said_not_to_be_there(finder, portrait):
+    photo = Image.new("RGB", (400, 300), (90, 100, 80))
+    photo.paste(portrait.resize((10, 10)), (250, 120))
+    with pytest.raises(FaceError, match=r"no face found .* large"):
+        finder.find(photo)
+
+
 def test_a_face_that_fills_the_photo_is_found(finder, portrait):
     assert finder.find(portrait.crop((180, 150, 460, 480))).num_faces == 1
 

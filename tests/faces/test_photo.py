@@ -37,9 +37,9 @@ def test_colour_modes_become_rgb(tmp_path, mode, name):
     image.save(path)
     photo = open_photo(path)
     assert photo.image.mode == "RGB"
-    if mode == "RGB":
-        assert close(photo.image.getpixel((8, 16)), RED)
-    assert close(photo.image.getpixel((56, 16)), WHITE)
+    tolerance = 40 if mode == "P" else 12  # the web palette
+    assert close(photo.image.getpixel((8, 16)), RED, tolerance)
+    assert close(photo.image.getpixel((56, 16)), WHITE, tolerance)
     assert len(photo.sha256) == 64
 
 
@@ -62,17 +62,33 @@ def test_palette_transparency_is_laid_on_white(tmp_path):
     assert close(photo.getpixel((24, 16)), WHITE)
 
 
-@pytest.mark.parametrize("kind", ["uint16", "int32", "float01"])
-def test_deep_gray_keeps_its_range(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("uint16", "tif"), ("uint16", "png"), ("int32", "tif"), ("float01", "tif")]
+)
+def test_deep_gray_keeps_its_range(tmp_path, kind, suffix):
     ramp = np.tile(np.linspace(0, 1, 64), (32, 1))
     array = {"uint16": ramp * 65535, "int32": ramp * 65535, "float01": ramp}[kind].astype(
         {"uint16": np.uint16, "int32": np.int32, "float01": np.float32}[kind]
     )
-    Image.fromarray(array).save(tmp_path / "a.tif")
-    photo = np.asarray(open_photo(tmp_path / "a.tif").image)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(array).save(path)
+    photo = np.asarray(open_photo(path).image)
     assert photo[0, 0].max() <= 1
     assert photo[0, -1].min() >= 254
     assert abs(int(photo[0, 32, 0]) - 129) <= 2
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def test_16_bits_a_colour_become_8(tmp_path):
+    colours = np.tile(np.array(RED, ">u2") * 257, (32, 32, 1))
+    rows = b"".join(b"\0" + row.tobytes() for row in colours)
+    header = (32).to_bytes(4, "big") * 2 + b"\x10\x02\0\0\0"  # 16 bits, RGB
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks))
+    assert open_photo(tmp_path / "a.png").image.getpixel((8, 16)) == RED
 
 
 def test_nan_pixels_are_refused(tmp_path):
@@ -83,7 +99,8 @@ def test_nan_pixels_are_refused(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_shows_the_same_picture(tmp_path, orientation):
-    upright = left_half_red(size=(64, 32))
+    upright = Image.new("RGB", (64, 32), WHITE)
+    upright.paste(RED, (0, 0, 32, 16))  # one quarter: no two orientations of it look alike
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -96,10 +113,11 @@ def test_every_exif_orientation_shows_the_same_picture(tmp_path, orientation):
     stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "a.png", exif=exif)
-    photo = open_photo(tmp_path / "a.png").image
+    stored.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    photo = open_photo(tmp_path / "a.jpg").image
     assert photo.size == (64, 32)
-    assert close(photo.getpixel((8, 16)), RED)
+    corners = [photo.getpixel(place) for place in ((8, 8), (56, 8), (8, 24), (56, 24))]
+    assert [close(pixel, RED) for pixel in corners] == [True, False, False, False]
 
 
 def test_damaged_exif_and_profile_do_not_stop_a_photo(tmp_path):
@@ -108,9 +126,13 @@ def test_damaged_exif_and_profile_do_not_stop_a_photo(tmp_path):
 
 
 def test_a_colour_profile_is_applied(tmp_path):
-    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    left_half_red().save(tmp_path / "a.png", icc_profile=lab)
-    assert close(open_photo(tmp_path / "a.png").image.getpixel((8, 16)), RED)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    # Red and blue primaries exchanged: the stored red is a blue.
+    swapped = profile.replace(b"rXYZ", b"....", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"....", b"bXYZ", 1)
+    left_half_red().save(tmp_path / "a.png", icc_profile=swapped)
+    photo = open_photo(tmp_path / "a.png").image
+    assert close(photo.getpixel((8, 16)), RED[::-1])
+    assert close(photo.getpixel((56, 16)), WHITE)
 
 
 def test_images_in_memory_are_taken_too():
@@ -146,11 +168,17 @@ def test_unusable_files_are_named(tmp_path, data, text):
 
 @pytest.mark.parametrize("side", [16_000, 40_000])
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path, side):
-    header = b"IHDR" + side.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
-    chunk = (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    chunk = png_chunk(b"IHDR", side.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0")
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\x10IDAT")
     with pytest.raises(FaceError, match=r"bomb\.png has .*pixels.*scale the photo down"):
         open_photo(tmp_path / "bomb.png")
+
+
+def test_a_photo_of_40_megapixels_is_opened(tmp_path):
+    left_half_red(size=(7680, 5222)).save(tmp_path / "a.jpg", quality=50)
+    photo = open_photo(tmp_path / "a.jpg").image
+    assert photo.size == (7680, 5222)
+    assert close(photo.getpixel((3000, 5000)), RED)
 
 
 def test_missing_folder_and_tiny_photos_are_named(tmp_path):

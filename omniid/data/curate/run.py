@@ -5,13 +5,15 @@ in the order of the videos, and the report is written. Nothing depends on which 
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import pyarrow.parquet as parquet
 
@@ -112,7 +114,7 @@ def _work(jobs: list[tuple], workers: int) -> Iterator[dict]:
             for job in jobs:
                 yield _curate_one(job, decoder)
         return
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_end_with_parent)
     try:
         for future in as_completed([pool.submit(_curate_one, job) for job in jobs]):
             yield future.result()
@@ -122,6 +124,16 @@ def _work(jobs: list[tuple], workers: int) -> Iterator[dict]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker once its parent is gone: the pool's workers would wait for more work for ever."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 @cache

@@ -32,7 +32,7 @@ from .matte import PersonMask
 from .photos import PhotoReader, fingerprint, group_by_person
 from .render import render
 
-VERSION = 2
+VERSION = 3
 """Of what is made from photos and arguments: raise it when pictures change, so that kept files are made anew."""
 SHARD_SIZE = 50
 """Identities in a file."""

@@ -31,6 +31,8 @@ from .texture import TILE, Unwrap, unwrap
 
 _EXPOSURE = 0.85  # textures hold what the photo's light, about 1, made of the skin
 # Soft: textures keep some of the photo's own shading and highlights, to which this light adds.
+_KEY = 0.75  # of the view's main light
+_FILL = 0.4  # added to the surroundings
 _WRAP = np.array([0.80, 0.70, 0.65], dtype=np.float32)
 _INSIDES = {  # linear albedo, share of the surroundings that it sees
     MOUTH: ((0.10, 0.02, 0.02), 0.30),
@@ -102,8 +104,8 @@ def render(model: FaceModel, person: Likeness, view: View, size: int = 256, alig
 
 
 def _light(view: View, shadow: ShadowMap) -> SkinLight:
-    key = np.array(view.light_colour, dtype=np.float32) * _EXPOSURE
-    ambient = (np.array(view.ambient, dtype=np.float32) + 0.2) * _EXPOSURE
+    key = np.array(view.light_colour, dtype=np.float32) * (_KEY * _EXPOSURE)
+    ambient = (np.array(view.ambient, dtype=np.float32) + _FILL) * _EXPOSURE
     return SkinLight(shadow.frame[:, 2], key, ambient, _WRAP, view.distance)
 
 
