@@ -28,6 +28,8 @@ FORMAT = "omniid-identity"
 FORMAT_VERSION = 1
 # The paper's code is 0.7 MB in bf16. The limit keeps a checkpoint or a hostile archive from filling the memory.
 MAX_FILE_BYTES = 256 * 2**20
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".avif")
+"""Endings of photos, which are often named where an identity file belongs."""
 
 
 class IdentityError(OmniIDError):
@@ -139,16 +141,13 @@ class Identity:
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Writes the file whole or not at all; `dtype` is bfloat16 (half the size) or float32 for the tokens.
 
-        Raises IdentityFileError when the folder is missing, OSError when the disk refuses.
+        Raises IdentityFileError for a name that `check_output` refuses, OSError when the disk refuses.
         """
         path = Path(path)
         if dtype not in (torch.float32, torch.bfloat16):
             raise IdentityError(f"identity files hold float32 or bfloat16 tokens, not {dtype}")
         self._validate()
-        if not path.parent.is_dir():
-            raise IdentityFileError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
-        if path.is_dir():
-            raise IdentityFileError(f"cannot write {path}: it is a folder; give a file name such as {path / 'id.pt'}")
+        check_output(path)
         data = self._to_safetensors(dtype) if path.suffix == ".safetensors" else self._to_torch(dtype)
         # Serialised in memory, so that a full disk is an OSError in both formats.
         with atomic_path(path) as temporary:
@@ -167,9 +166,13 @@ class Identity:
             else:
                 raise ValueError("neither a torch archive nor a safetensors file")
         except (Exception, RecursionError) as error:  # the two readers raise a dozen kinds on damaged bytes
+            if path.suffix.lower() in PICTURES:
+                raise IdentityFileError(
+                    f"{path} is a picture, not an identity file; make one of it with: omniid encode {path} -o id.pt"
+                ) from error
             raise IdentityFileError(
                 f"{path} is damaged or not an identity file ({_first_line(error)}); "
-                f"make it again with: omniid encode PHOTOS -o {path}"
+                "make one with: omniid encode PHOTOS -o id.pt"
             ) from error
         return _from_table(path, tokens, table)
 
@@ -254,6 +257,17 @@ class Identity:
         }
 
 
+def check_output(path: str | Path) -> None:
+    """Raises IdentityFileError where no identity file can be written, and for the name of a picture, which might be a photo."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise IdentityFileError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise IdentityFileError(f"cannot write {path}: it is a folder; give a file name such as {path / 'id.pt'}")
+    if path.suffix.lower() in PICTURES:
+        raise IdentityFileError(f"{path} ends like a picture; give the identity file a name such as {path.stem}.pt")
+
+
 def _check(condition: bool, text: str) -> None:
     if not condition:
         raise IdentityError(text)
@@ -273,7 +287,10 @@ def _require_same_encoder(identities: list[Identity]) -> None:
                 "encode the photos of all of them with one encoder"
             )
         if other.shape != first.shape:
-            raise IdentityError(f"the identities have different shapes, {first.shape} and {other.shape}")
+            raise IdentityError(
+                f"the identities have different shapes, {first.shape} and {other.shape}; "
+                "encode the photos of all of them with one encoder"
+            )
 
 
 def _first_line(error: BaseException) -> str:

@@ -87,7 +87,7 @@ def test_truncated_files_are_refused(tmp_path, suffix, share):
     make_identity().save(path)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(IdentityFileError, match="make it again with"):
+    with pytest.raises(IdentityFileError, match="make one with: omniid encode"):
         Identity.load(path)
 
 

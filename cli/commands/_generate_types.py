@@ -31,6 +31,8 @@ class Pose(click.ParamType):
             return value
         try:
             yaw, pitch, roll = (float(part) for part in value.split(","))
+            if not all(map(math.isfinite, (yaw, pitch, roll))):
+                raise ValueError
         except ValueError:
             self.fail(f"{value!r} is no pose; write three angles in degrees, like 20,-5,0", param, ctx)
         return yaw, pitch, roll
@@ -65,8 +67,12 @@ class Lora(click.ParamType):
             return value
         source, separator, weight = value.rpartition("=")
         if not separator:
-            return value, 1.0
+            source, weight = value, "1"
         try:
-            return source, float(weight)
+            factor = float(weight)
         except ValueError:
-            self.fail(f"{weight!r} is no weight; write FILE=WEIGHT, like style.safetensors=0.8", param, ctx)
+            factor = math.nan
+        if not source or not math.isfinite(factor):
+            wrong = f"{weight!r} is no weight" if source else f"{value!r} names no file"
+            self.fail(f"{wrong}; write FILE=WEIGHT, like style.safetensors=0.8", param, ctx)
+        return source, factor

@@ -3,6 +3,7 @@
 import json
 
 import click
+from click.core import ParameterSource
 
 
 @click.command()
@@ -15,7 +16,7 @@ import click
     help="Identity file: id.pt, or a name that ends in .safetensors.",
 )
 @click.option(
-    "--preset", default="mini", show_default=True, help="mini, paper, a folder of trained weights or its preset.toml."
+    "--preset", default="mini", show_default=True, help="mini, a folder of trained weights or its preset.toml."
 )
 @click.option(
     "--face",
@@ -61,15 +62,18 @@ def encode(
     from pathlib import Path
 
     from omniid.faces import analyzer, photos_in
-    from omniid.identity import IdentityFileError
+    from omniid.identity import check_output
 
-    paths = photos_in(photos)
-    if not Path(output).parent.is_dir():  # said before the work, not after it
-        raise IdentityFileError(
-            f"cannot write {output}: the folder {Path(output).parent} does not exist; make it first"
-        )
     if report is not None and engine is not None:
         raise click.UsageError("--report shows the encoder's attention, which an --engine does not give; leave one out")
+    if engine is not None and click.get_current_context().get_parameter_source("preset") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--engine is an encoder of its own, whatever the --preset; leave one out")
+    if report is not None and not Path(report).parent.is_dir():
+        raise click.UsageError(f"cannot write {report}: the folder {Path(report).parent} does not exist; make it first")
+    if report is not None and Path(report).resolve() == Path(output).resolve():
+        raise click.UsageError(f"--output and --report are both {output}; give each a file of its own")
+    paths = photos_in(photos)
+    check_output(output)  # before the work, not after it
     encoder, size = _encoder(preset, engine, runtime)
     finder = analyzer(backend)
 
@@ -107,19 +111,12 @@ def _encoder(preset: str, engine: str | None, runtime: str | None):
             raise click.UsageError("--runtime says what runs an --engine; name one")
         from omniid.models.encoder import load_encoder
 
-        encoder = load_encoder(_weights_of(preset))
+        encoder = load_encoder(preset)
         return encoder, encoder.tower_config.image_size
     from omniid.export.exported_encoder import ExportedEncoder
 
     encoder = ExportedEncoder(engine, runtime)
     return encoder, encoder.image_size
-
-
-def _weights_of(preset: str) -> str:
-    """The folder of a preset file, whose weights lie beside it; names and folders as they are."""
-    from pathlib import Path
-
-    return str(Path(preset).parent) if preset.endswith(".toml") else preset
 
 
 def _summary(output: str, identity, found: list) -> dict:

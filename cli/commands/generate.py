@@ -5,8 +5,15 @@ import json
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
+from omniid.cli.commands._generate_checks import (
+    check_alone,
+    check_finite,
+    check_named_weights,
+    check_plan,
+    check_together,
+    is_given,
+)
 from omniid.cli.commands._generate_types import Lora, PictureSize, Pose, Strength
 
 _PATH = click.Path(path_type=Path)
@@ -139,16 +146,20 @@ def generate(ctx: click.Context, output: Path, source: Path | None, plan: bool, 
     marked as made by an AI model, with --no-metadata too. Identities, masks and pictures are not in a PNG: name them again
     with --from.
     """
+    check_finite(ctx)
     if plan:
+        check_plan(options, source)
         click.echo(_plan(options, as_json))
         return
-    _check(ctx, output, source, options)
+    check_alone(ctx, output, source, options)
 
+    from omniid.generate.request import check_details
     from omniid.generate.run import Sources, Weights, run
     from omniid.picture_file import read_details
 
-    details = read_details(source) if source else {}
-    _check_named_weights(ctx, details)
+    details = check_details(read_details(source)) if source else {}
+    check_named_weights(ctx, details)
+    check_together(ctx, options, details)
     written = run(
         _request(ctx, options, details),
         Sources(
@@ -177,34 +188,6 @@ def generate(ctx: click.Context, output: Path, source: Path | None, plan: bool, 
             click.echo(one["path"])
 
 
-def _check(ctx: click.Context, output: Path, source: Path | None, options: dict) -> None:
-    """What can be said before anything is loaded."""
-    prompt = options["prompt"]
-    if prompt is None and source is None:
-        raise click.UsageError("Missing option '--prompt'; say what the picture shows", ctx)
-    if prompt is not None and not prompt.strip():
-        raise click.BadParameter("the prompt is empty; say what the picture shows", param_hint="--prompt")
-    if options["id_end"] < options["id_start"]:
-        raise click.BadParameter(
-            f"{options['id_end']} lies before --id-start {options['id_start']}", param_hint="--id-end"
-        )
-    if options["runtime"] is not None and options["engine"] is None and source is None:
-        raise click.UsageError("--runtime says what runs an --engine; name one")
-    if options["landmarks"] is not None and options["pose"] is not None:
-        raise click.UsageError("--landmarks and --pose say the same thing; give one of them")
-    if options["grid"] and options["num_images"] > 1:
-        raise click.UsageError(
-            "--grid draws one sheet; write the seeds as an axis, --grid seed=0,1,2, not as --num-images"
-        )
-    people, places = len(options["identity_paths"]), len(options["regions"])
-    if places and source is None and places != people:
-        raise click.UsageError(f"{places} --region for {people} --id; give one for each, in the same order")
-    if output.suffix.lower() != ".png":
-        raise click.BadParameter(f"{output} does not end in .png", param_hint="--output")
-    if not output.parent.is_dir():
-        raise click.BadParameter(f"the folder {output.parent} does not exist", param_hint="--output")
-
-
 def _request(ctx: click.Context, options: dict, details: dict):
     """The options as a request; what was not given comes from the metadata of a picture to repeat."""
     from omniid.generate.request import Request
@@ -221,27 +204,8 @@ def _request(ctx: click.Context, options: dict, details: dict):
 
 def _merged(ctx: click.Context, options: dict, details: dict, names: list[str]) -> dict:
     """For each name what was given on the command line, else what the metadata say, else the default."""
-
-    def is_given(name: str) -> bool:
-        return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-
-    values = {name: options[name] if is_given(name) or name not in details else details[name] for name in names}
+    values = {name: options[name] if is_given(ctx, name) or name not in details else details[name] for name in names}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def _check_named_weights(ctx: click.Context, details: dict) -> None:
-    """A picture that somebody sent must not make this machine fetch weights from anywhere: they are named again."""
-    named = {name: details.get(name) for name in ("base", "adapter", "controlnet", "engine")}
-    named["loras"] = [one[0] for one in details.get("loras", [])] or None
-    for name, values in named.items():
-        if values is None or ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            continue
-        for value in values if isinstance(values, list) else [values]:
-            if not Path(str(value)).exists():
-                option = {"loras": "lora"}.get(name, name)
-                raise click.UsageError(
-                    f"the picture was made with --{option} {value}, which is not here; name it again", ctx
-                )
 
 
 def _plan(options: dict, as_json: bool) -> str:

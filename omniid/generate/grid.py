@@ -1,5 +1,6 @@
 """One picture of many: `--grid` draws every combination of up to two axes, with labels."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,14 @@ class Axis:
                 f"{text!r} is no grid axis; write id, or one of seed, scale, guidance and steps with =V1,V2,..."
             )
         try:
-            return cls(name, tuple(AXES[name](value) for value in values.split(",")))
+            numbers = tuple(AXES[name](value) for value in values.split(","))
         except ValueError:
             raise GenerateError(f"{text!r} is no grid axis; write numbers like {name}=1,2,3") from None
+        least = {"seed": 0, "steps": 1}.get(name, -math.inf)
+        if not all(math.isfinite(number) and number >= least for number in numbers):
+            limit = f"numbers of at least {least}" if math.isfinite(least) else "finite numbers"
+            raise GenerateError(f"{text!r} is no grid axis; {name} takes {limit}")
+        return cls(name, numbers)
 
 
 def draw_grid(

@@ -109,6 +109,8 @@ def _load_lora(pipeline, source: str, name: str) -> None:
         raise GenerateError(f"the LoRA {source} does not exist; check the path")
     try:
         pipeline.load_lora_weights(source, adapter_name=name)
+        if name not in {one for names in pipeline.get_list_adapters().values() for one in names}:
+            raise ValueError("none of its weights is for a part of this base")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         lines = str(error).strip().splitlines()
         reason = lines[0][:200].rstrip(" .:") if lines else type(error).__name__

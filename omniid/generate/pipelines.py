@@ -55,6 +55,8 @@ class FluxPipelines:
             arguments |= {"image": image.convert("RGB").resize((width, height)), "strength": strength}
         if mask is not None:
             arguments["mask_image"] = mask.convert("L").resize((width, height))
+            if arguments["mask_image"].getextrema()[1] < 128:  # what diffusers' mask processor rounds to 0
+                raise GenerateError("the mask is nowhere white, so nothing would change; paint white where it may")
         if landmarks is not None:
             arguments |= self._landmark_arguments(landmarks, landmark_scale, width, height)
         return self._pipeline(CLASSES[image is not None, mask is not None, landmarks is not None]), arguments
@@ -74,16 +76,20 @@ class FluxPipelines:
             "true_cfg_scale": scale,
         }
 
+    def check_controlnet(self) -> None:
+        """Raises GenerateError where there is no ControlNet for landmarks."""
+        if self.controlnet is None:
+            raise GenerateError(
+                "these weights hold no landmark ControlNet, so landmarks and poses cannot be given; name one with --controlnet, "
+                "or train one with: omniid train control"
+            )
+
     def _landmark_arguments(self, landmarks, scale: float, width: int, height: int) -> dict:
         from PIL import Image
 
         from omniid.faces.landmarks import draw_landmarks
 
-        if self.controlnet is None:
-            raise GenerateError(
-                "these weights hold no landmark ControlNet, so landmarks and poses cannot be given; "
-                "train one with: omniid train control"
-            )
+        self.check_controlnet()
         if not math.isfinite(scale):
             raise GenerateError(f"the landmarks' scale must be finite, got {scale}")
         try:

@@ -45,7 +45,7 @@ class Region:
         """
         if text in HALVES:
             return cls(box=HALVES[text])
-        if re.fullmatch(r"[-\d.,\s]+", text):
+        if not is_mask(text):
             try:
                 x0, y0, x1, y1 = (float(part) for part in text.split(","))
             except ValueError:
@@ -75,6 +75,11 @@ class Region:
 
         white = open_photo(self.mask).image.convert("L")
         return np.asarray(white.resize((columns, rows), Image.Resampling.BOX), np.float64) / 255
+
+
+def is_mask(text: str) -> bool:
+    """Whether a region's text names a picture."""
+    return text not in HALVES and re.fullmatch(r"[-\d.,\s]+", text) is None
 
 
 def region_maps(regions: Sequence[Region], width: int, height: int, softness: float = SOFTNESS) -> list[Tensor]:

@@ -13,7 +13,7 @@ from omniid.generate.errors import GenerateError
 from omniid.generate.generator import Generator
 from omniid.generate.landmarks import landmarks_from, landmarks_of_pose
 from omniid.generate.regions import SOFTNESS
-from omniid.generate.schedule import Schedule
+from omniid.generate.schedule import Schedule, Window
 from omniid.identity import Identity
 
 if TYPE_CHECKING:
@@ -48,10 +48,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Raises GenerateError for values of wrong types: a picture's metadata may hold anything."""
-        for name, fits in _FITS.items():
-            value = getattr(self, name)
-            if not (fits(value) or (value is None and name in _MAY_BE_NONE)):
-                raise GenerateError(f"{name} cannot be {str(value)[:60]!r}")
+        _check(_FITS, {name: getattr(self, name) for name in _FITS}, _MAY_BE_NONE)
 
     def completed(self, generator: Generator, landmark_file: str | Path | None, backend: str) -> "Request":
         """With the preset's values where none are given, and with landmarks in numbers.
@@ -116,6 +113,25 @@ class Request:
             values["negative_identity"] = negative_identity.fingerprint()
         return {**values, **{name: value for name, value in more.items() if value is not None}, "omniid": __version__}
 
+    def remarks(self, identities: Sequence[Identity], has_image: bool) -> list[str]:
+        """What of a completed request does nothing, in sentences for the user."""
+        if not identities:
+            return []
+        steps = self.num_inference_steps
+        if has_image:  # as diffusers counts those that run
+            steps -= int(steps - min(steps * self.image_strength, steps))
+        window = Window(self.id_start, self.id_end)
+        remarks = []
+        if not any(window.contains(step, steps) for step in range(steps)):
+            remarks.append(
+                f"none of the {steps} steps lies in {self.id_start:g} to {self.id_end:g}, so the identity does nothing; widen "
+                "--id-start and --id-end"
+            )
+        most = max(map(len, self.id_scale))
+        if most > steps:
+            remarks.append(f"{most} strengths are more than the {steps} steps: some are not used")
+        return remarks
+
     @classmethod
     def from_details(cls, details: dict) -> "Request":
         """The request of a picture from its metadata. Raises GenerateError for metadata that this version cannot repeat."""
@@ -123,6 +139,18 @@ class Request:
         if details.get("prompt") is None:
             raise GenerateError("the picture's metadata hold no prompt; give one with --prompt")
         return cls(**{name: _frozen(value) for name, value in details.items() if name in names})
+
+
+def check_details(details: dict) -> dict:
+    """The details of a picture that anyone may have sent, as they are. Raises GenerateError for values of wrong types."""
+    _check(_DETAILS_FIT, {name: _frozen(details[name]) for name in _DETAILS_FIT if name in details})
+    return details
+
+
+def _check(fitting: dict[str, Callable[[object], bool]], values: dict, may_be_none: Sequence[str] = ()) -> None:
+    for name, value in values.items():
+        if not (fitting[name](value) or (value is None and name in may_be_none)):
+            raise GenerateError(f"{name} cannot be {str(value)[:60]!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -165,6 +193,23 @@ _FITS = {
 _MAY_BE_NONE = {
     "width", "height", "num_inference_steps", "guidance_scale", "id_guidance", "negative_prompt", "pose", "landmarks",
 }  # fmt: skip
+
+
+def _is_lora(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and _is_text(value[0]) and _is_number(value[1])
+
+
+_DETAILS_FIT = {
+    "identities": _tuple_of(_is_text),
+    "regions": _tuple_of(_is_text),
+    "loras": _tuple_of(_is_lora),
+    "tiling": lambda value: isinstance(value, bool),
+    **dict.fromkeys(
+        ("negative_identity", "image", "mask", "preset", "base", "adapter", "controlnet", "precision", "engine", "runtime"),
+        _is_text,
+    ),
+}  # fmt: skip
+"""What a picture's metadata say beside the request."""
 
 
 def _frozen(value: object) -> object:

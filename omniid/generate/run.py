@@ -108,10 +108,19 @@ def run(
         _check_repeated(repeated, sources, identities, say)
     image, mask = (open_photo(path).image if path else None for path in (sources.image, sources.mask))
     axes = [Axis.parse(text, list(map(str, sources.identities))) for text in grid]
+    if weights.engine is not None and (sources.landmarks or request.pose or request.landmarks):
+        raise GenerateError("an exported transformer takes no --landmarks or --pose; leave --engine out for them")
     generator = weights.load(offload, compile_mode)
+    if sources.landmarks or request.pose:
+        generator.pipelines.check_controlnet()  # before a face is looked for
     if weights.precision == "auto" and generator.placement.precision != "fp32":
         say(f"precision {generator.placement.precision}: {generator.placement.reason}")
+    asks_guidance = request.guidance_scale is not None and repeated is None
+    if asks_guidance and not getattr(generator.pipeline.transformer.config, "guidance_embeds", True):
+        say("this base takes no guidance: --guidance does nothing")
     request = request.completed(generator, sources.landmarks, sources.backend)
+    for remark in request.remarks(identities, image is not None):
+        say(remark)
     hindrance = obstacle(request.width, request.height) if watermark else None
     facts = {
         **{name: value for name, value in dataclasses.asdict(weights).items() if value},

@@ -171,7 +171,9 @@ class IdentityAdapter(
         except (SafetensorError, OSError) as error:
             raise AdapterError(f"{path} is damaged ({error}); copy or train it again") from error
         if metadata is None:
-            raise AdapterError(f"{path} is no identity adapter of omniid")
+            raise AdapterError(
+                f"{path} is no identity adapter of omniid; give the adapter.safetensors that omniid train flow wrote"
+            )
         sizes = json.loads(metadata)
         if sizes["format_version"] > FORMAT_VERSION:
             raise AdapterError(

@@ -47,6 +47,7 @@ def load_landmark_controlnet(
     from diffusers import FluxControlNetModel
 
     with _read_from(folder):
+        _check_class(FluxControlNetModel.load_config(folder), folder)
         controlnet = FluxControlNetModel.from_pretrained(folder, dtype=dtype)
     mine, its = layout_of(controlnet), layout_of(transformer)
     if (mine.num_heads, mine.head_dim) != (its.num_heads, its.head_dim):
@@ -66,7 +67,17 @@ def landmark_controlnet_without_weights(folder: str | Path) -> nn.Module:
     from diffusers import FluxControlNetModel
 
     with _read_from(folder), torch.device("meta"):
-        return FluxControlNetModel.from_config(FluxControlNetModel.load_config(folder))
+        config = FluxControlNetModel.load_config(folder)
+        _check_class(config, folder)
+        return FluxControlNetModel.from_config(config)
+
+
+def _check_class(config: dict, folder: str | Path) -> None:
+    if config.get("_class_name") != "FluxControlNetModel":
+        raise OmniIDError(
+            f"{folder} holds a {config.get('_class_name')}, not a FluxControlNetModel; name a folder or hub name of a "
+            "landmark ControlNet"
+        )
 
 
 @contextlib.contextmanager

@@ -110,10 +110,24 @@ def test_other_refusals(tmp_path, weights):
         (("-o", tmp_path / "no" / "id.pt", "--preset", weights), "does not exist; make it first"),
         (("-o", tmp_path / "id.pt", "--preset", tmp_path), "no trained weights for"),
         (("-o", tmp_path / "id.pt", "--preset", weights, "--faces", "magic"), "unknown face backend 'magic'"),
+        (("-o", tmp_path / "a.jpg", "--preset", weights), "a.jpg ends like a picture; give the identity file a name"),
+        (("-o", tmp_path / "id.pt", "--preset", tmp_path / "other.toml"), "no trained weights for"),
     ]
     for arguments, text in cases:
         result = run(photo, *arguments)
         assert result.exit_code == 1
         assert text in result.stderr
+    usage = [
+        (("--report", tmp_path / "no" / "page.html"), "no does not exist; make it first"),
+        (("--report", tmp_path / "id.pt"), "give each a file of its own"),
+        (("--engine", "encoder.onnx", "--preset", weights), "--engine is an encoder of its own, whatever the --preset"),
+        (("--engine", "encoder.onnx", "--report", "page.html"), "leave one out"),
+        (("--runtime", "onnx"), "--runtime says what runs an --engine; name one"),
+        (("--face", -1), "-1 is not in the range x>=0"),
+    ]
+    for arguments, text in usage:
+        result = run(photo, "-o", tmp_path / "id.pt", *arguments)
+        assert result.exit_code == 2
+        assert text in " ".join(result.stderr.split())
     assert run(photo).exit_code == 2
     assert run("-o", tmp_path / "id.pt").exit_code == 2

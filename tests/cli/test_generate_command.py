@@ -1,6 +1,7 @@
 """`omniid generate`: the PNG and its metadata, and one sentence for everything that cannot be."""
 
 import json
+import shutil
 import types
 
 import numpy as np
@@ -89,20 +90,116 @@ def test_several_images_and_json(drawing_weights, identity, tmp_path):
         (["--prompt", "photo", "--lora", "a=b"], "'b' is no weight; write FILE=WEIGHT"),
         (["--prompt", "photo", "--grid", "seed=0,1", "--num-images", "2"], "--grid seed=0,1,2, not as --num-images"),
         (["--prompt", "photo", "--precision", "int3"], "'int3' is not one of"),
+        (["--prompt", "photo", "--lora", "a.safetensors=nan"], "'nan' is no weight; write FILE=WEIGHT"),
+        (["--prompt", "photo", "--lora", "=0.5"], "'=0.5' names no file; write FILE=WEIGHT"),
+        (["--prompt", "photo", "--pose", "nan,0,0"], "'nan,0,0' is no pose"),
+        (["--prompt", "photo", "--guidance", "nan"], "--guidance: nan is no finite number"),
+        (["--prompt", "photo", "--id-start", "nan"], "--id-start: nan is no finite number"),
+        (["--prompt", "photo", "--id", "a.pt", "--id-scale", "1", "--id-scale", "2"], "2 --id-scale for 1 --id"),
+        (["--prompt", "photo", "--grid", "seed=0,1", "--seed", "5"], "--grid seed and --seed say the same thing"),
+        (["--prompt", "photo", "--grid", "steps=1,2", "--steps", "5"], "--grid steps and --steps say the same thing"),
+        (
+            ["--prompt", "photo", "--id", "a.pt", "--grid", "scale=0,1", "--id-scale", "1"],
+            "--grid scale and --id-scale say the same thing",
+        ),
+        (["--prompt", "photo", "--grid", "scale=0,1"], "--grid scale is of an identity; name one with --id"),
+        (["--prompt", "photo", "--grid", "guidance=1,2"], "--grid guidance is of an identity"),
+        (
+            ["--prompt", "photo", "--id", "a", "--id", "b", "--region", "left", "--region", "right", "--grid", "id"],
+            "--grid id draws one person after the other; leave out --region",
+        ),
+        (
+            ["--prompt", "photo", "--id", "a", "--id", "b", "--id-scale", "1", "--id-scale", "2", "--grid", "id"],
+            "leave out several --id-scale",
+        ),
+        (["--plan", "--engine", "."], "without --engine; leave one out"),
+        (["--plan", "--from", "a.png"], "without --from; leave one out"),
     ],
 )
 def test_wrong_usage(arguments, message):
     result = run(*arguments)
     assert result.exit_code == 2
-    assert message in result.stderr
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "needed"),
+    [
+        ("--id-scale", "0.5", "--id"),
+        ("--id-guidance", "2", "--id"),
+        ("--id-start", "0.5", "--id"),
+        ("--id-end", "0.5", "--id"),
+        ("--id-blocks", "double=0", "--id"),
+        ("--negative-id", "a.pt", "--id"),
+        ("--region-softness", "0.1", "--region"),
+        ("--landmark-scale", "0.5", "--landmarks or --pose"),
+        ("--controlnet", "a", "--landmarks or --pose"),
+        ("--faces", "files", "a photo as --landmarks"),
+        ("--negative-scale", "3", "--negative"),
+        ("--image-strength", "0.5", "--image"),
+        ("--mask", "a.png", "--image"),
+        ("--runtime", "onnx", "--engine"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(option, value, needed):
+    result = run("--prompt", "photo", option, value)
+    assert result.exit_code == 2
+    assert f"{option} does nothing without {needed}; add that, or leave it out" in result.stderr
+
+
+def test_an_option_may_act_on_what_a_repeated_picture_says(draw, identity, tmp_path):
+    first, _ = draw("--negative", "person", "--region", "left")
+    options = ("--negative-scale", 4, "--region-softness", 1)
+    result = run("--from", tmp_path / "drawn.png", "--id", identity, "-o", tmp_path / "again.png", *options)
+    assert result.exit_code == 0, result.output
+    assert (drawn(tmp_path / "again.png") != first).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--id-start", 0.6, "--id-end", 0.9), "none of the 2 steps lies in 0.6 to 0.9, so the identity does nothing"),
+        (("--id-scale", "1,0.5,0"), "3 strengths are more than the 2 steps: some are not used"),
+    ],
+)
+def test_strengths_that_no_step_uses_are_said(drawing_weights, identity, tmp_path, options, words):
+    result = run(
+        "--preset", drawing_weights, "--id", identity, "--prompt", "photo", "-o", tmp_path / "out.png", *options
+    )
+    assert result.exit_code == 0 and words in result.stderr
+
+
+def test_steps_of_a_picture_to_start_from_are_those_that_run(drawing_weights, identity, tmp_path):
+    Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "start.png")
+    result = run(
+        *("--preset", drawing_weights, "--id", identity, "--prompt", "photo", "-o", tmp_path / "out.png"),
+        *("--image", tmp_path / "start.png", "--image-strength", 0.5, "--id-start", 0.5),
+    )
+    assert result.exit_code == 0 and "none of the 1 steps lies in 0.5 to 1" in result.stderr
+
+
+def test_guidance_of_a_base_that_takes_none_is_said(drawing_weights, tmp_path):
+    folder = tmp_path / "weights"
+    shutil.copytree(drawing_weights, folder)
+    config = folder / "base" / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": False}))
+    common = ("--preset", folder, "--prompt", "photo", "-o", tmp_path / "out.png")
+    assert "this base takes no guidance: --guidance does nothing" in run(*common, "--guidance", 2).stderr
+    assert "guidance" not in run(*common).stderr
 
 
 def test_missing_identity_weights_and_other_encoders_are_one_sentence(drawing_weights, make_person, tmp_path):
     other = tmp_path / "other.pt"
     make_person(1, encoder="e" * 64).save(other)
+    photo = tmp_path / "photo.jpg"
+    Image.new("RGB", (32, 32)).save(photo)
+    weights = drawing_weights / "base" / "vae" / "diffusion_pytorch_model.safetensors"
     cases = {
         ("--preset", drawing_weights, "--id", tmp_path / "none.pt"): "none.pt",
         ("--preset", tmp_path / "none"): "no trained weights",
+        ("--preset", "mnii"): "neither shipped with the package (mini) nor a folder",
+        ("--preset", drawing_weights, "--id", photo): "is a picture, not an identity file; make one of it with",
+        ("--preset", drawing_weights, "--adapter", weights): "is no identity adapter of omniid; give the adapter.safet",
         ("--preset", drawing_weights, "--id", other): "encode the photos again",
         ("--preset", drawing_weights, "--adapter", tmp_path / "none.safetensors"): "no identity adapter at",
         ("--preset", drawing_weights, "--base", tmp_path): "cannot be loaded",
@@ -118,7 +215,7 @@ def test_missing_identity_weights_and_other_encoders_are_one_sentence(drawing_we
         assert result.exit_code == 1, result.output
         assert message in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt", "photo.jpg"]
 
 
 def test_pose_and_landmarks_go_to_the_controlnet(controlled_weights, identity, tmp_path):
@@ -145,10 +242,9 @@ def test_pose_and_landmarks_go_to_the_controlnet(controlled_weights, identity, t
     ("options", "code", "words"),
     [
         (("--pose", "20,5"), 2, "'20,5' is no pose; write three angles in degrees, like 20,-5,0"),
-        (("--pose", "80,0,0"), 1, "no template for the pose 80,0,0: yaw is 80.0 degrees, expected -60 to 60"),
         (("--pose", "0,0,0", "--landmarks", "face.json"), 2, "give one of them"),
-        (("--landmarks", "missing.json"), 1, "landmarks cannot be read from missing.json"),
         (("--pose", "0,0,0"), 1, "hold no landmark ControlNet"),
+        (("--landmarks", "photo.jpg"), 1, "hold no landmark ControlNet"),
     ],
 )
 def test_poses_and_landmarks_that_cannot_be(drawing_weights, identity, tmp_path, options, code, words):
@@ -157,6 +253,30 @@ def test_poses_and_landmarks_that_cannot_be(drawing_weights, identity, tmp_path,
     )
     assert result.exit_code == code
     assert words in " ".join(result.output.split())
+
+
+def test_a_pose_beyond_the_template_is_refused(controlled_weights, tmp_path):
+    common = ("--prompt", "photo", "--preset", controlled_weights, "-o", tmp_path / "out.png")
+    result = run(*common, "--pose", "80,0,0")
+    assert result.exit_code == 1
+    assert "no template for the pose 80,0,0: yaw is 80.0 degrees, expected -60 to 60" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "landmarks cannot be read from"),
+        ([1, 2], "landmarks cannot be read from"),
+        ({"width": 64, "height": 64, "points": [[0, 0]] * 5}, "got (5, 2)"),
+        ({"width": 64, "points": [[0, 0]] * 66}, "it lacks 'height'"),
+    ],
+)
+def test_landmark_files_that_cannot_be(controlled_weights, tmp_path, content, words):
+    path = tmp_path / "face.json"
+    if content is not None:
+        path.write_text(json.dumps(content))
+    result = run("--prompt", "photo", "--preset", controlled_weights, "-o", tmp_path / "out.png", "--landmarks", path)
+    assert result.exit_code == 1 and words in result.stderr and not (tmp_path / "out.png").exists()
 
 
 def drawn(path) -> np.ndarray:
@@ -209,11 +329,17 @@ def test_negative_prompt_and_negative_identity(draw, other):
     assert (draw("--negative", "person", "--negative-scale", 4)[0] != draw("--negative", "person")[0]).any()
 
 
-def test_pictures_to_start_from(draw, tmp_path):
+def test_pictures_to_start_from(draw, drawing_weights, tmp_path):
     start = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
     start.save(tmp_path / "start.png")
     Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
     plain, _ = draw()
+    Image.new("L", (32, 32), 100).save(tmp_path / "black.png")
+    result = run(
+        *("--preset", drawing_weights, "--prompt", "photo", "-o", tmp_path / "out.png"),
+        *("--image", tmp_path / "start.png", "--mask", tmp_path / "black.png"),
+    )
+    assert result.exit_code == 1 and "the mask is nowhere white, so nothing would change" in result.stderr
     from_picture, details = draw("--image", tmp_path / "start.png", "--image-strength", 0.5)
     inpainted, _ = draw("--image", tmp_path / "start.png", "--mask", tmp_path / "mask.png", "--image-strength", 0.5)
     assert (from_picture != plain).any() and inpainted.shape == plain.shape
@@ -229,6 +355,9 @@ def test_parts_can_be_named_and_are_recorded(draw, drawing_weights, lora_file):
     with_lora, details = draw("--lora", f"{lora_file}=0.5")
     assert (with_lora != plain).any() and details["loras"] == [[lora_file, 0.5]]
     assert (draw("--lora", lora_file)[0] != with_lora).any()
+    result = run("--preset", drawing_weights, "--prompt", "photo", "--lora", drawing_weights / "adapter.safetensors")
+    assert result.exit_code == 1 and "none of its weights is for a part of this base" in result.stderr
+    assert (draw(weights=drawing_weights / "preset.toml")[0] == plain).all()
     assert draw("--precision", "fp32", "--offload", "none")[1]["precision"] == "fp32"
 
 
@@ -266,6 +395,15 @@ def test_a_picture_is_repeated_from_its_metadata(draw, drawing_weights, identity
         ({"prompt": "photo", "identities": ["a" * 64]}, 1, "made with 1 identities (aaaaaaaaaaaa)"),
         ({"prompt": "photo", "image": "start.png"}, 1, "made with --image start.png, which is not in it"),
         ({"prompt": "photo", "grid": ["seed=1,2"]}, 1, "a grid is not repeated"),
+        ({"prompt": "photo", "regions": ["mask.png"]}, 2, "made with --region mask.png, which is not in it; name it"),
+        ({"prompt": "photo", "identities": 5}, 1, "identities cannot be '5'"),
+        ({"prompt": "photo", "identities": [5]}, 1, "identities cannot be '(5,)'"),
+        ({"prompt": "photo", "negative_identity": 5}, 1, "negative_identity cannot be '5'"),
+        ({"prompt": "photo", "image": 5}, 1, "image cannot be '5'"),
+        ({"prompt": "photo", "loras": 5}, 1, "loras cannot be '5'"),
+        ({"prompt": "photo", "loras": [["style.safetensors"]]}, 1, "loras cannot be"),
+        ({"prompt": "photo", "preset": 5}, 1, "preset cannot be '5'"),
+        ({"prompt": "photo", "regions": 5}, 1, "regions cannot be '5'"),
     ],
 )
 def test_metadata_of_anyone_cannot_do_harm(tmp_path, details, code, words):
@@ -307,6 +445,9 @@ def test_another_controlnet_than_the_one_beside_the_weights(draw, drawing_weight
     assert (draw(*options)[0] == draw("--pose", "0,0,0", weights=controlled_weights)[0]).all()
     result = run("--preset", drawing_weights, "--prompt", "photo", "--controlnet", "nowhere", "--pose", "0,0,0")
     assert result.exit_code == 1 and "no landmark ControlNet at nowhere" in result.stderr
+    transformer = drawing_weights / "base" / "transformer"
+    result = run("--preset", drawing_weights, "--prompt", "photo", "--controlnet", transformer, "--pose", "0,0,0")
+    assert result.exit_code == 1 and "holds a FluxTransformer2DModel, not a FluxControlNetModel" in result.stderr
 
 
 @pytest.mark.parametrize("axes", [("seed=0,1,2",), ("scale=0,1", "seed=3,4"), ("id", "guidance=1,2"), ("steps=1,2",)])
@@ -324,6 +465,9 @@ def test_grids_are_labelled_sheets(draw, other, axes):
         (("seed=a",), "write numbers like seed=1,2,3"),
         (("id",), "give --id at least twice"),
         (("seed=1", "seed=2"), "one or two different axes"),
+        (("scale=0,nan",), "'scale=0,nan' is no grid axis; scale takes finite numbers"),
+        (("seed=-1",), "seed takes numbers of at least 0"),
+        (("steps=0,5",), "steps takes numbers of at least 1"),
     ],
 )
 def test_grids_that_cannot_be(drawing_weights, identity, tmp_path, axes, words):

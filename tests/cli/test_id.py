@@ -64,12 +64,17 @@ def test_merge_and_lerp_write_files(files):
         (("merge", "a.pt", "other.pt", "-o", "m.pt"), "encode the photos of all of them with one encoder"),
         (("lerp", "a.pt", "b.pt", "-t", "nan", "-o", "m.pt"), "finite number"),
         (("merge", "a.pt", "b.pt", "-o", "none/m.pt"), "the folder none does not exist"),
+        (("merge", "a.pt", "b.pt", "-o", "photo.png"), "photo.png ends like a picture; give the identity file a name"),
+        (("info", "photo.png"), "photo.png is a picture, not an identity file; make one of it with: omniid encode"),
+        (("compare", "a.pt", "short.pt"), "encode the photos of all of them with one encoder"),
     ],
-    ids=["missing", "damaged", "compare", "merge", "lerp", "folder"],
+    ids=["missing", "damaged", "compare", "merge", "lerp", "folder", "onto a picture", "picture", "shapes"],
 )
 def test_refusals_are_one_sentence_and_leave_nothing(files, monkeypatch, arguments, text):
     monkeypatch.chdir(files)
     (files / "broken.pt").write_bytes((files / "a.pt").read_bytes()[:300])
+    (files / "photo.png").write_bytes(b"\x89PNG")
+    Identity(torch.ones(2, 8), "e" * 64, "mini", 1).save(files / "short.pt")
     before = sorted(files.iterdir())
     result = run(*arguments)
     assert result.exit_code == 1
