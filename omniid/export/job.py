@@ -74,8 +74,14 @@ def export_part(request: Request, folder: str | Path, say: Say = lambda text: No
                 leftover.unlink(missing_ok=True)
     seconds = time.perf_counter() - start
     say("comparing it with PyTorch")
+    start = time.perf_counter()
     measures = part.compare(target, reference)
-    notes |= {"bytes": size_of(target), "seconds to export": round(seconds, 1), "judged on": part.judged}
+    notes |= {
+        "bytes": size_of(target),
+        "seconds to export": round(seconds, 1),
+        "seconds to compare": round(time.perf_counter() - start, 1),
+        "judged on": part.judged,
+    }
     if (peak := peak_memory()) is not None:
         notes["largest memory of the process, GB"] = round(peak / 1e9, 2)
     if wide == "bf16":
