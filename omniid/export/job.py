@@ -13,6 +13,7 @@ from omniid.export.manifest import ONNX, Entry, digest, note
 from omniid.export.onnx import WEIGHTS_SUFFIX
 from omniid.export.parity import ParityReport, size_of
 from omniid.export.parts import AdapterPart, AutoencoderPart, EncoderPart, Say, TextPart, TransformerPart
+from omniid.export.products import load, products
 from omniid.export.request import Request, check
 from omniid.export.streamed_part import StreamedTransformerPart
 
@@ -60,14 +61,14 @@ def export_part(request: Request, folder: str | Path, say: Say = lambda text: No
     notes: dict[str, object] = {"opset": request.opset}
     try:
         if request.precision == "fp8":
-            chosen = [one for one in fp8.products(plain) if fp8.in_blocks(one)]
+            chosen = [one for one in products(load(plain)) if fp8.in_blocks(one)]
             say(f"calibrating {len(chosen)} products")
-            highest = fp8.calibrate(plain, {one.activation for one in chosen}, part.calibration(plain))
+            highest = fp8.calibrate(plain, {one.activation.name for one in chosen}, part.calibration(plain))
             left = fp8.quantize(plain, target, highest)
             notes["products in fp8"] = len(chosen)
-            notes["products left in bf16"] = ", ".join(one.module for one in left) or "none"
+            notes["products left in bf16"] = ", ".join(left) or "none"
         elif request.precision == "int8":
-            int8.quantize(plain, target)
+            notes["products in int8"] = int8.quantize(plain, target)
     finally:
         if plain != target:
             for leftover in (plain, plain.with_name(plain.name + WEIGHTS_SUFFIX)):
