@@ -16,6 +16,7 @@ from omniid.export.onnx import ExportError, require
 from omniid.export.products import Product, add_constant, drop_unused, load, name_outputs, products, save
 from omniid.kernels.fp8_rows import LARGEST, quantize_rows_reference
 
+
 def in_blocks(product: Product) -> bool:
     """Whether a product belongs to a transformer block or is a projection of the adapter.
 
@@ -75,7 +76,8 @@ def quantize(
             continue
         graph, node, weight, x = model.graph, product.node, product.weight, product.activation
         values = torch.from_numpy(np.array(weight.const_value.numpy(), np.float32))
-        rows = quantize_rows_reference(values if product.is_transposed else values.t())  # (N, K), a scale for each output
+        by_output = values if product.is_transposed else values.t()  # (N, K)
+        rows = quantize_rows_reference(by_output)
         fp8 = (rows.values if product.is_transposed else rows.values.t()).contiguous().view(torch.uint8).numpy()
         wide = weight.dtype.numpy()  # the graph's own precision
         scale = add_constant(graph, f"{node.name}_weight_scale", rows.scales.numpy().astype(wide))

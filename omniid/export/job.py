@@ -10,9 +10,9 @@ import torch
 from omniid.export import fp8, int8
 from omniid.export.graphs import Graph
 from omniid.export.manifest import ONNX, Entry, digest, note
-from omniid.export.onnx import WEIGHTS_SUFFIX
+from omniid.export.onnx import WEIGHTS_SUFFIX, enough_memory
 from omniid.export.parity import ParityReport, size_of
-from omniid.export.parts import AdapterPart, AutoencoderPart, EncoderPart, Say, TextPart, TransformerPart
+from omniid.export.parts import PARTS_BY_NAME, Say
 from omniid.export.products import load, products
 from omniid.export.request import Request, check
 from omniid.export.streamed_part import StreamedTransformerPart
@@ -36,16 +36,16 @@ def export_part(request: Request, folder: str | Path, say: Say = lambda text: No
 
     fp8 rounds the linear layers of the blocks in a bf16 graph, calibrated on people that the proof does not use; int8, for
     CPUs, all products with weights in an fp32 graph.
-    Raises ExportError for a request that cannot be met, OmniIDError for weights that are not there. Whether the proof holds
-    is in the report.
+    Raises ExportError for a request that cannot be met and too little memory, OmniIDError for weights that are not there.
+    Whether the proof holds is in the report.
     """
     check(request)
-    kinds = {
-        "encoder": EncoderPart, "adapter": AdapterPart, "transformer": TransformerPart,
-        "autoencoder": AutoencoderPart, "clip": TextPart, "t5": TextPart,
-    }  # fmt: skip
-    part = (StreamedTransformerPart if request.streamed else kinds[request.what])(request, say)
-    folder = Path(folder)
+    with enough_memory(request.what):
+        return _export(request, Path(folder), say)
+
+
+def _export(request: Request, folder: Path, say: Say) -> Exported:
+    part = (StreamedTransformerPart if request.streamed else PARTS_BY_NAME[request.what])(request, say)
     wide = GRAPH_PRECISION[request.precision]
     dtype = torch.float32 if wide == "fp32" else torch.bfloat16
     form = f"_{request.form}" if request.what == "encoder" and request.form != "packed" else ""

@@ -1,11 +1,12 @@
 """ONNX files: one graph each, checked, with its weights' origin written into it."""
 
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def export_onnx(
 
     metadata: kept in the file (preset, fingerprints, precision); what and opset are added. values: of a module of fake
     tensors, what gives each parameter's; asked for one by one while the file is written. Both files appear only when whole.
-    Raises ExportError for an opset outside 18..23, an operation without translation and too little memory.
+    Raises ExportError for an opset outside 18..23 and an operation without translation.
     """
     path = Path(path)
     if opset not in OPSETS:
@@ -59,12 +60,8 @@ def export_onnx(
         _check(folder / path.name)
         for file in sorted(folder.iterdir(), reverse=True):  # the weights before the graph that names them
             os.replace(file, path.parent / file.name)
-    except (MemoryError, RuntimeError) as error:  # the exporter's own errors are among them
-        if _is_out_of_memory(error):
-            raise ExportError(
-                f"there is too little memory to export the {graph.what}; free some, or give a transformer --streamed"
-            ) from error
-        if not isinstance(error, OnnxExporterError):
+    except OnnxExporterError as error:
+        if is_out_of_memory(error):
             raise
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ExportError(
@@ -165,10 +162,23 @@ def require(*packages: str) -> None:
         raise ExportError(f"{' and '.join(missing)} is not installed; install it with: pip install 'omniid[export]'")
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Also where it is the cause of another error."""
+@contextlib.contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """Turns too little memory for the work within it, whoever lacks it, into one ExportError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ExportError(
+            f"there is too little memory to export the {what}; free some, or give a transformer --streamed"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Also where it is the cause of another error; PyTorch and onnxruntime tell it only in words."""
     while error is not None:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        if isinstance(error, MemoryError) or any(words in str(error) for words in ("allocate memory", "bad_alloc")):
             return True
         error = error.__cause__
     return False

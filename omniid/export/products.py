@@ -61,10 +61,15 @@ def products(model) -> list[Product]:
         activation, weight = node.inputs[:2]
         if weight.const_value is None or len(weight.shape) != 2 or activation.const_value is not None:
             continue
-        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         is_transposed = "transB" in node.attributes and bool(node.attributes["transB"].as_int())
-        found.append(Product(node, scopes[-2] if len(scopes) > 1 else "", is_transposed))
+        found.append(Product(node, module_of(node), is_transposed))
     return found
+
+
+def module_of(node) -> str:
+    """Path of the module that a node came from; empty where torch's exporter noted none."""
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+    return scopes[-2] if len(scopes) > 1 else ""
 
 
 def add_constant(graph, name: str, values: np.ndarray):
