@@ -3,6 +3,7 @@
 import ast
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 class Product:
     """A MatMul or Gemm of an onnx_ir graph, `activation @ weight`."""
 
-    node: object
+    node: Any
     module: str
     """Path of the linear layer."""
     is_transposed: bool
@@ -27,11 +28,11 @@ class Product:
         return self.node.name
 
     @property
-    def activation(self):
+    def activation(self) -> Any:
         return self.node.inputs[0]
 
     @property
-    def weight(self):
+    def weight(self) -> Any:
         return self.node.inputs[1]
 
 
