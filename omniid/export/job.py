@@ -10,7 +10,8 @@ import torch
 from omniid.export import fp8, int8
 from omniid.export.graphs import Graph
 from omniid.export.manifest import ONNX, Entry, digest, note
-from omniid.export.onnx import WEIGHTS_SUFFIX, enough_memory
+from omniid.export.memory import enough_memory
+from omniid.export.onnx import WEIGHTS_SUFFIX
 from omniid.export.parity import ParityReport, size_of
 from omniid.export.parts import PARTS_BY_NAME, Say
 from omniid.export.products import load, products

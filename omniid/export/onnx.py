@@ -1,12 +1,11 @@
 """ONNX files: one graph each, checked, with its weights' origin written into it."""
 
-import contextlib
 import logging
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -45,6 +44,8 @@ def export_onnx(
     require("onnx", "onnxscript")
     import onnx_ir as ir
     from torch.onnx.errors import OnnxExporterError
+
+    from omniid.export.memory import is_out_of_memory
 
     path.parent.mkdir(parents=True, exist_ok=True)
     module = graph.module.eval()
@@ -160,28 +161,6 @@ def require(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"{' and '.join(missing)} is not installed; install it with: pip install 'omniid[export]'")
-
-
-@contextlib.contextmanager
-def enough_memory(what: str) -> Iterator[None]:
-    """Turns too little memory for the work within it, whoever lacks it, into one ExportError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ExportError(
-            f"there is too little memory to export the {what}; free some, or give a transformer --streamed"
-        ) from error
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Also where it is the cause of another error; PyTorch and onnxruntime tell it only in words."""
-    while error is not None:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in ("allocate memory", "bad_alloc")):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _check(path: Path) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniid.export.onnx import ExportError, is_out_of_memory, read_metadata, require
+from omniid.export.memory import is_out_of_memory
+from omniid.export.onnx import ExportError, read_metadata, require
 from omniid.export.runner import Runner
 
 TYPES = {
