@@ -70,7 +70,7 @@ with tempfile.TemporaryDirectory() as folder:
     times = {name: t for group in groups for name, t in time_in_turn(group, rounds=options.rounds).items()}
 rows = [
     {"case": name, **t, "PyTorch eager / this": times[torch_name]["median_ms"] / t["median_ms"]}
-    | {"cosine to PyTorch": cosines.get(name, "")}
+    | {"cosine to PyTorch": f"{cosines[name]:.6f}" if name in cosines else ""}
     for name, t in times.items()
 ]
 report(
