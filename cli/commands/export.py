@@ -7,6 +7,20 @@ import click
 from omniid.cli.commands._generate_types import Lora
 
 
+class _Sides(click.ParamType):
+    """Whole numbers with commas between them."""
+
+    name = "px[,px...]"
+
+    def convert(self, value, param, ctx) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            self.fail(f"{value!r} are no sides of pictures; write them like 512,1024,1536", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
 def _shared_options(function):
     options = [
         click.option(
@@ -100,6 +114,13 @@ def onnx_command(precision: str, as_json: bool, **options) -> None:
     help="rtx builds without a GPU; tensorrt builds on the GPU that the engine is for.",
 )
 @click.option("--target", "targets", multiple=True, metavar="smXX", help="GPUs for rtx, e.g. sm89; repeatable.")
+@click.option(
+    "--sides",
+    type=_Sides(),
+    default=(),
+    help="Of pictures that a transformer or autoencoder is tuned for, e.g. 512,1024,1536: a profile for each; by default one "
+    "from half to one and a half times the preset's.",
+)
 @click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory, for small GPUs.")
 @click.option(
     "--stripped", is_flag=True, help="Leave the weights out of the engine; refit it from the ONNX file. Needs a GPU."
@@ -121,7 +142,8 @@ def trt_command(
     """
     from pathlib import Path
 
-    from omniid.export.tensorrt import BuildOptions, build_engine, choose_targets, weights_in_engine
+    from omniid.export.layers import write_layers
+    from omniid.export.tensorrt import BuildOptions, build_engine, choose_targets, inspect_engine
 
     choose_targets(runtime, targets, precision)  # what cannot be built is said before the work
     exported = _export(precision=precision, as_json=as_json, **options)
@@ -131,22 +153,23 @@ def trt_command(
         exported.path, options["folder"], exported.graph.profiles, exported.metadata | {"what": exported.graph.what},
         settings, progress=not as_json,
     )  # fmt: skip
-    held: dict[str, int] = {}
-    if not stripped:
-        for form in weights_in_engine(Path(options["folder"]) / engine.file, exported.path).values():
-            held[form] = held.get(form, 0) + 1
     result = exported.report.to_dict() | {
         "engine": engine.file,
         "engine_bytes": engine.bytes,
         "engine_seconds": engine.seconds,
         "engine_targets": list(engine.targets),
-        "matrices_in_engine": held,
     }
     lines = [
         str(exported.report),
         f"{engine.file}: {engine.bytes:,} bytes in {engine.seconds:.1f} s, for {', '.join(engine.targets)}",
-        *(f"  matrices held as {form}: {count}" for form, count in sorted(held.items())),
     ]
+    if not stripped:
+        path = Path(options["folder"]) / engine.file
+        layers = write_layers(path, exported.path, inspect_engine(path))
+        result |= {"matrices_in_engine": layers["counts"], "layers_not_in_fp8": layers["not_fp8"]}
+        lines += [f"  matrices held as {form}: {count}" for form, count in sorted(layers["counts"].items())]
+        if precision == "fp8":
+            lines.append(f"  layers not in fp8: {', '.join(layers['not_fp8']) or 'none'}")
     _print(result, "\n".join(lines), as_json)
 
 
@@ -168,11 +191,42 @@ def fp8_command(preset: str, output: str, as_json: bool) -> None:
     _fail_unless(report)
 
 
-def _export(what, preset, folder, form, loras, opset, random_weights, streamed, precision, as_json):
+@export.command("judge")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--preset", default="mini", show_default=True, help="What the file was exported from.")
+@click.option("--random-weights", is_flag=True, help="It was exported with --random-weights.")
+@click.option("--lora", "loras", type=Lora(), multiple=True, help="As in the export; may repeat.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnx", "onnx-cuda", "trt"]),
+    help="What runs the file; by default what its name says. onnx-cuda and trt need a GPU.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Timed runs of each case.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def judge_command(
+    file: str, preset: str, random_weights: bool, loras, runtime: str | None, rounds: int, as_json: bool
+) -> None:
+    """\b
+    omniid export judge engines/encoder_bf16_....engine
+    omniid export judge exported/encoder_int8.onnx --runtime onnx
+
+    Runs an exported file on the device that it is for, compares it with PyTorch and times it beside PyTorch eager, compiled
+    and, on a GPU, as a CUDA graph. Exit code 1 where it differs too much.
+    """
+    from omniid.export.judge import judge
+
+    report = judge(
+        file, preset, runtime, random_weights, loras, rounds=rounds, say=lambda text: click.echo(text, err=True)
+    )
+    _print(report.to_dict(), str(report), as_json)
+    _fail_unless(report)
+
+
+def _export(what, preset, folder, form, loras, opset, random_weights, streamed, precision, as_json, sides=()):
     from omniid.export.job import export_part
     from omniid.export.request import Request
 
-    request = Request(what, preset, precision, form, opset, random_weights, loras=loras, streamed=streamed)
+    request = Request(what, preset, precision, form, opset, random_weights, loras=loras, streamed=streamed, sides=sides)
     return export_part(request, folder, lambda text: click.echo(text, err=True))
 
 

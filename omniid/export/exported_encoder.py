@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from omniid.export.onnx import ExportError
-from omniid.export.runner import open_runner
+from omniid.export.runner import Runner, open_runner
 
 
 class ExportedEncoder:
     """`metadata` names preset, form and the fingerprint of the encoder that was exported."""
 
-    def __init__(self, path: str | Path, runtime: str | None = None):
-        """runtime: as of `open_runner`. Raises ExportError as it does, and for another part of a model."""
-        self.runner = open_runner(path, runtime)
+    def __init__(self, path: str | Path | Runner, runtime: str | None = None):
+        """path: of the file, or what has it open. runtime: as of `open_runner`.
+
+        Raises ExportError as `open_runner`, and for another part of a model.
+        """
+        self.runner = path if isinstance(path, Runner) else open_runner(path, runtime)
         self.metadata = self.runner.metadata
         if self.metadata.get("what") != "encoder" or "form" not in self.metadata:
             raise ExportError(f"{path} is no exported encoder; write one with: omniid export onnx --what encoder")

@@ -6,6 +6,7 @@ import torch
 
 from omniid.export.manifest import Entry, check, read
 from omniid.export.onnx import ExportError
+from omniid.export.tensorrt import gpu_here
 
 
 def choose_files(
@@ -28,7 +29,7 @@ def choose_files(
             raise ExportError(
                 f"the engines in {folder} run on an NVIDIA GPU and this machine has none; use --runtime onnx for ONNX files"
             )
-        here = "sm{}{}".format(*torch.cuda.get_device_capability())
+        here = gpu_here()
     by_part: dict[str, list[Entry]] = {}
     for one in entries:
         if one.is_onnx != wants_engines:

@@ -7,33 +7,14 @@ Runtimes fold the pair DequantizeLinear, DequantizeLinear, MatMul into one FP8 p
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from omniid.export.onnx import LARGEST_IN_ONE_FILE, WEIGHTS_SUFFIX, ExportError, require
+from omniid.export.onnx import ExportError, require
+from omniid.export.products import Product, add_constant, drop_unused, load, name_outputs, products, save
 from omniid.kernels.fp8_rows import LARGEST, quantize_rows_reference
-
-SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's exporter notes the modules that a node came from."""
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """A matrix product with a weight."""
-
-    node: str
-    module: str
-    """Path of the linear layer."""
-    activation: str
-    """Name of the other operand."""
-
-
-def products(path: str | Path) -> list[Product]:
-    """All MatMul and Gemm nodes of a graph that multiply with a constant of two dimensions."""
-    return [product for product, _ in _products(_load(path))]
 
 
 def in_blocks(product: Product) -> bool:
@@ -55,9 +36,9 @@ def calibrate(path: str | Path, names: Iterable[str], samples: Iterable[Mapping[
     """
     from omniid.export.onnx_runtime import open_session
 
-    require("onnx_ir", "onnxruntime")
+    require("onnxruntime")
     names = sorted(set(names))
-    model = _load(path)
+    model = load(path)
     values = {value.name: value for node in model.graph for value in node.outputs}
     values |= {value.name: value for value in model.graph.inputs}
     inputs = {value.name for value in model.graph.inputs}
@@ -79,96 +60,42 @@ def calibrate(path: str | Path, names: Iterable[str], samples: Iterable[Mapping[
 
 def quantize(
     path: str | Path, target: str | Path, highest: Mapping[str, float], chosen: Callable[[Product], bool] = in_blocks
-) -> list[Product]:
-    """Writes the graph at `path` with its chosen products in FP8 to `target`; returns the products left as they were.
+) -> list[str]:
+    """Writes the graph at `path` with its chosen products in FP8 to `target`; returns the layers left as they were.
 
     highest: from `calibrate`, for every activation of a chosen product.
     """
-    require("onnx_ir")
     import ml_dtypes
     import onnx_ir as ir
 
-    model, left = _load(path), []
+    model, left = load(path), []
     rounded_inputs: dict[str, ir.Value] = {}
-    for product, (node, slot, transposed) in _products(model):
+    for product in products(model):
         if not chosen(product):
-            left.append(product)
+            left.append(product.module)
             continue
-        graph, weight, x = model.graph, node.inputs[slot], node.inputs[0]
+        graph, node, weight, x = model.graph, product.node, product.weight, product.activation
         values = torch.from_numpy(np.array(weight.const_value.numpy(), np.float32))
-        rows = quantize_rows_reference(values if transposed else values.t())  # (N, K), a scale for each output
-        fp8 = (rows.values if transposed else rows.values.t()).contiguous().view(torch.uint8).numpy()
-        wide = weight.dtype
-        scale = _constant(graph, f"{node.name}_weight_scale", rows.scales.numpy(), wide)
-        stored = _constant(graph, f"{node.name}_weight_fp8", fp8.view(ml_dtypes.float8_e4m3fn))
-        axis = 0 if transposed else 1
+        by_output = values if product.is_transposed else values.t()  # (N, K)
+        rows = quantize_rows_reference(by_output)
+        fp8 = (rows.values if product.is_transposed else rows.values.t()).contiguous().view(torch.uint8).numpy()
+        wide = weight.dtype.numpy()  # the graph's own precision
+        scale = add_constant(graph, f"{node.name}_weight_scale", rows.scales.numpy().astype(wide))
+        stored = add_constant(graph, f"{node.name}_weight_fp8", fp8.view(ml_dtypes.float8_e4m3fn))
+        axis = 0 if product.is_transposed else 1
         before = [ir.node("DequantizeLinear", [stored, scale], {"axis": axis}, name=f"{node.name}_weight_dq")]
         if x.name not in rounded_inputs:  # one pair for all products that read it
-            step = _constant(
-                graph, f"{x.name}_scale", np.array(max(highest[x.name], 1e-12) / LARGEST, np.float32), wide
-            )
-            zero = _constant(graph, f"{x.name}_zero", np.zeros((), ml_dtypes.float8_e4m3fn))
+            step = add_constant(graph, f"{x.name}_scale", np.array(max(highest[x.name], 1e-12) / LARGEST, wide))
+            zero = add_constant(graph, f"{x.name}_zero", np.zeros((), ml_dtypes.float8_e4m3fn))
             q = ir.node("QuantizeLinear", [x, step, zero], name=f"{x.name}_q")
             dq = ir.node("DequantizeLinear", [q.outputs[0], step], name=f"{x.name}_dq")
             before += [q, dq]
             rounded_inputs[x.name] = dq.outputs[0]
-        for new in before:
-            new.outputs[0].name = f"{new.name}_out"
+        name_outputs(before)
         graph.insert_before(node, before)
-        node.replace_input_with(slot, before[0].outputs[0])
         node.replace_input_with(0, rounded_inputs[x.name])
-        if not weight.uses():
-            del graph.initializers[weight.name]
+        node.replace_input_with(1, before[0].outputs[0])
+        drop_unused(graph, weight)
     model.metadata_props["precision"] = "fp8"
     save(model, target)
     return left
-
-
-def save(model, path: str | Path) -> None:
-    """Writes an onnx_ir model, its weights beside it where they are large."""
-    import onnx_ir as ir
-
-    path = Path(path)
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    ir.save(model, path, external_data=path.name + WEIGHTS_SUFFIX if size > LARGEST_IN_ONE_FILE else None)
-
-
-def _load(path: str | Path):
-    require("onnx_ir")
-    import onnx_ir as ir
-
-    return ir.load(Path(path))
-
-
-def _products(model) -> list[tuple[Product, tuple]]:
-    """Each product with (node, which input is the weight, whether the weight is (N, K))."""
-    import ast
-
-    found = []
-    for node in model.graph:
-        if node.op_type not in ("MatMul", "Gemm"):
-            continue
-        weight = node.inputs[1]
-        if weight.const_value is None or len(weight.shape) != 2 or node.inputs[0].const_value is not None:
-            continue
-        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
-        transposed = (
-            node.op_type == "Gemm" and bool(node.attributes["transB"].as_int())
-            if "transB" in node.attributes
-            else False
-        )
-        product = Product(node.name, scopes[-2] if len(scopes) > 1 else "", node.inputs[0].name)
-        found.append((product, (node, 1, transposed)))
-    return found
-
-
-def _constant(graph, name: str, values: np.ndarray, dtype=None):
-    """A new initializer, in the graph's precision where `dtype` says so."""
-    import onnx_ir as ir
-
-    if dtype is not None:
-        values = values.astype(dtype.numpy())
-    value = ir.Value(name=name, const_value=ir.tensor(values, name=name))
-    value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
-    graph.register_initializer(value)
-    return value

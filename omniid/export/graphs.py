@@ -5,8 +5,9 @@ Shapes: B identities or pictures, N photos in all, M photos of each at most, L q
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -259,10 +260,14 @@ def adapter_graph(adapter: IdentityAdapter, num_tokens: int) -> Graph:
     )
 
 
-def transformer_graph(transformer: nn.Module, num_tokens: int, image_size: int, text_length: int) -> Graph:
+def transformer_graph(
+    transformer: nn.Module, num_tokens: int, image_size: int, text_length: int, sides: Sequence[int] = ()
+) -> Graph:
     """FLUX's transformer with an identity of `num_tokens` tokens; tuned for square pictures of image_size pixels.
 
-    Pictures from half to one and a half times that size, of any aspect, fit the same engine.
+    Pictures of any aspect fit the same engine whose area is that of a square from half to one and a half times that size.
+    sides: in pixels, smallest first, instead of that one profile: one for each side, from the area of the side before (of half
+    the first) to that of its own, for which it is tuned.
     """
     config = transformer.config
     heads, width, blocks = config.num_attention_heads, config.attention_head_dim, len(attention_modules(transformer))
@@ -280,18 +285,20 @@ def transformer_graph(transformer: nn.Module, num_tokens: int, image_size: int, 
             "id_scale": (people, batch, image),
         }
 
-    side = image_size // 16
-    smallest, usual, largest = (
-        shapes(people, batch, max(4, round(side * share) ** 2), text_length)
-        for people, batch, share in ((1, 1, 0.5), (1, 1, 1.0), (MOST_PEOPLE, MOST_PICTURES, 1.5))
-    )
-    sample = shapes(3, 2, side * side, text_length)
+    sample = shapes(3, 2, (image_size // 16) ** 2, text_length)
+    if not config.guidance_embeds:
+        del sample["guidance"]
     inputs = {
         name: torch.zeros(shape, dtype=transformer.dtype if name in ("id_k", "id_v") else torch.float32)
         for name, shape in sample.items()
     }
-    if not config.guidance_embeds:
-        del inputs["guidance"], smallest["guidance"], usual["guidance"], largest["guidance"]
+    profiles = []
+    for profile, *pixels in _side_ranges(image_size, sides):
+        smallest, usual, largest = (
+            shapes(people, batch, max(4, round(side / 16) ** 2), text_length)
+            for people, batch, side in zip((1, 1, MOST_PEOPLE), (1, 1, MOST_PICTURES), pixels, strict=True)
+        )
+        profiles.append(Profile(profile, {name: (smallest[name], usual[name], largest[name]) for name in inputs}))
     pictures, tokens = Dim("pictures", min=1, max=MOST_PICTURES), Dim("tokens", min=4, max=MOST_TOKENS)
     people = Dim("people", min=1, max=MOST_PEOPLE)
     dynamic: dict[str, dict[int, Dim]] = {name: {0: pictures} for name in inputs} | {
@@ -302,8 +309,14 @@ def transformer_graph(transformer: nn.Module, num_tokens: int, image_size: int, 
         "id_v": {1: people, 2: pictures},
         "id_scale": {0: people, 1: pictures, 2: tokens},
     }
-    profile = Profile("pictures", {name: (smallest[name], usual[name], largest[name]) for name in inputs})
-    return Graph("transformer", TransformerGraph(transformer), inputs, ("velocity",), dynamic, [profile])
+    return Graph("transformer", TransformerGraph(transformer), inputs, ("velocity",), dynamic, profiles)
+
+
+def _side_ranges(image_size: int, sides: Sequence[int]) -> list[tuple[str, float, float, float]]:
+    """A profile's name with the smallest, usual and largest side of a square picture in pixels; narrow before wide."""
+    if not sides:
+        return [("pictures", image_size / 2, image_size, image_size * 1.5)]
+    return [(f"pictures_to_{side}_px", low, side, side) for low, side in pairwise([sides[0] / 2, *sides])]
 
 
 class AutoencoderGraph(nn.Module):
@@ -342,21 +355,30 @@ class T5Graph(nn.Module):
         return self.text_encoder(input_ids=ids)[0].float()
 
 
-def autoencoder_graph(vae: nn.Module, image_size: int) -> Graph:
-    """The decoder of a base's autoencoder, for pictures of any size; tuned as the transformer is."""
+def autoencoder_graph(vae: nn.Module, image_size: int, sides: Sequence[int] = ()) -> Graph:
+    """The decoder of a base's autoencoder, for pictures of any size; tuned as the transformer is.
+
+    Rows and columns vary apart: with `sides` each profile takes them from half the first side to one and a half times its own,
+    so that pictures of its area up to 9 : 4 fit.
+    """
     channels = vae.config.latent_channels
-    sides = [2 * max(2, round(image_size // 16 * share)) for share in (0.5, 1.0, 1.5)]
-    smallest, usual, largest = (
-        (batch, channels, side, side) for batch, side in zip((1, 1, MOST_PICTURES), sides, strict=True)
-    )
+    profiles = []
+    for name, low, usual, high in _side_ranges(image_size, sides):
+        pixels = (sides[0] / 2, usual, usual * 1.5) if sides else (low, usual, high)
+        shapes = [
+            (batch, channels, *[2 * max(2, round(side / 16))] * 2)
+            for batch, side in zip((1, 1, MOST_PICTURES), pixels, strict=True)
+        ]
+        profiles.append(Profile(name, {"latents": tuple(shapes)}))
     rows, columns = (Dim(name, min=2, max=512) for name in ("rows", "columns"))
+    side = 2 * max(2, image_size // 16)
     return Graph(
         "autoencoder",
         AutoencoderGraph(vae),
-        {"latents": torch.zeros(2, channels, usual[2], usual[3] + 2)},
+        {"latents": torch.zeros(2, channels, side, side + 2)},
         ("pictures",),
         {"latents": {0: Dim("pictures", min=1, max=MOST_PICTURES), 2: rows, 3: columns}},
-        [Profile("pictures", {"latents": (smallest, usual, largest)})],
+        profiles,
     )
 
 

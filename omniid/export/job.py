@@ -10,9 +10,11 @@ import torch
 from omniid.export import fp8, int8
 from omniid.export.graphs import Graph
 from omniid.export.manifest import ONNX, Entry, digest, note
+from omniid.export.memory import enough_memory
 from omniid.export.onnx import WEIGHTS_SUFFIX
 from omniid.export.parity import ParityReport, size_of
-from omniid.export.parts import AdapterPart, AutoencoderPart, EncoderPart, Say, TextPart, TransformerPart
+from omniid.export.parts import PARTS_BY_NAME, Say
+from omniid.export.products import load, products
 from omniid.export.request import Request, check
 from omniid.export.streamed_part import StreamedTransformerPart
 
@@ -35,16 +37,16 @@ def export_part(request: Request, folder: str | Path, say: Say = lambda text: No
 
     fp8 rounds the linear layers of the blocks in a bf16 graph, calibrated on people that the proof does not use; int8, for
     CPUs, all products with weights in an fp32 graph.
-    Raises ExportError for a request that cannot be met, OmniIDError for weights that are not there. Whether the proof holds
-    is in the report.
+    Raises ExportError for a request that cannot be met and too little memory, OmniIDError for weights that are not there.
+    Whether the proof holds is in the report.
     """
     check(request)
-    kinds = {
-        "encoder": EncoderPart, "adapter": AdapterPart, "transformer": TransformerPart,
-        "autoencoder": AutoencoderPart, "clip": TextPart, "t5": TextPart,
-    }  # fmt: skip
-    part = (StreamedTransformerPart if request.streamed else kinds[request.what])(request, say)
-    folder = Path(folder)
+    with enough_memory(request.what):
+        return _export(request, Path(folder), say)
+
+
+def _export(request: Request, folder: Path, say: Say) -> Exported:
+    part = (StreamedTransformerPart if request.streamed else PARTS_BY_NAME[request.what])(request, say)
     wide = GRAPH_PRECISION[request.precision]
     dtype = torch.float32 if wide == "fp32" else torch.bfloat16
     form = f"_{request.form}" if request.what == "encoder" and request.form != "packed" else ""
@@ -60,22 +62,28 @@ def export_part(request: Request, folder: str | Path, say: Say = lambda text: No
     notes: dict[str, object] = {"opset": request.opset}
     try:
         if request.precision == "fp8":
-            chosen = [one for one in fp8.products(plain) if fp8.in_blocks(one)]
+            chosen = [one for one in products(load(plain)) if fp8.in_blocks(one)]
             say(f"calibrating {len(chosen)} products")
-            highest = fp8.calibrate(plain, {one.activation for one in chosen}, part.calibration(plain))
+            highest = fp8.calibrate(plain, {one.activation.name for one in chosen}, part.calibration(plain))
             left = fp8.quantize(plain, target, highest)
             notes["products in fp8"] = len(chosen)
-            notes["products left in bf16"] = ", ".join(one.module for one in left) or "none"
+            notes["products left in bf16"] = ", ".join(left) or "none"
         elif request.precision == "int8":
-            int8.quantize(plain, target)
+            notes["products in int8"] = int8.quantize(plain, target)
     finally:
         if plain != target:
             for leftover in (plain, plain.with_name(plain.name + WEIGHTS_SUFFIX)):
                 leftover.unlink(missing_ok=True)
     seconds = time.perf_counter() - start
     say("comparing it with PyTorch")
+    start = time.perf_counter()
     measures = part.compare(target, reference)
-    notes |= {"bytes": size_of(target), "seconds to export": round(seconds, 1), "judged on": part.judged}
+    notes |= {
+        "bytes": size_of(target),
+        "seconds to export": round(seconds, 1),
+        "seconds to compare": round(time.perf_counter() - start, 1),
+        "judged on": part.judged,
+    }
     if (peak := peak_memory()) is not None:
         notes["largest memory of the process, GB"] = round(peak / 1e9, 2)
     if wide == "bf16":

@@ -36,7 +36,7 @@ def export_onnx(
 
     metadata: kept in the file (preset, fingerprints, precision); what and opset are added. values: of a module of fake
     tensors, what gives each parameter's; asked for one by one while the file is written. Both files appear only when whole.
-    Raises ExportError for an opset outside 18..23, an operation without translation and too little memory.
+    Raises ExportError for an opset outside 18..23 and an operation without translation.
     """
     path = Path(path)
     if opset not in OPSETS:
@@ -44,6 +44,8 @@ def export_onnx(
     require("onnx", "onnxscript")
     import onnx_ir as ir
     from torch.onnx.errors import OnnxExporterError
+
+    from omniid.export.memory import is_out_of_memory
 
     path.parent.mkdir(parents=True, exist_ok=True)
     module = graph.module.eval()
@@ -59,12 +61,8 @@ def export_onnx(
         _check(folder / path.name)
         for file in sorted(folder.iterdir(), reverse=True):  # the weights before the graph that names them
             os.replace(file, path.parent / file.name)
-    except (MemoryError, RuntimeError) as error:  # the exporter's own errors are among them
-        if _is_out_of_memory(error):
-            raise ExportError(
-                f"there is too little memory to export the {graph.what}; free some, or give a transformer --streamed"
-            ) from error
-        if not isinstance(error, OnnxExporterError):
+    except OnnxExporterError as error:
+        if is_out_of_memory(error):
             raise
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ExportError(
@@ -163,15 +161,6 @@ def require(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"{' and '.join(missing)} is not installed; install it with: pip install 'omniid[export]'")
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Also where it is the cause of another error."""
-    while error is not None:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _check(path: Path) -> None:

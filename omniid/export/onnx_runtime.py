@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omniid.export.memory import is_out_of_memory
 from omniid.export.onnx import ExportError, read_metadata, require
 from omniid.export.runner import Runner
 
@@ -48,7 +49,7 @@ class OnnxRunner(Runner):
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime has an exception class for every kind of failure
-            raise ExportError(f"onnxruntime could not run this graph ({first_line(error)})") from error
+            raise _failure("could not run", error) from error
         return {name: torch.from_dlpack(value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
 
     def shape(self, name: str) -> tuple[int | None, ...]:
@@ -56,8 +57,11 @@ class OnnxRunner(Runner):
         return tuple(size if isinstance(size, int) else None for size in sizes)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _failure(what: str, error: Exception) -> ExportError:
+    if is_out_of_memory(error):
+        return ExportError("there is too little memory to run this graph in onnxruntime; free some")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return ExportError(f"onnxruntime {what} this graph ({reason})")
 
 
 def open_session(model, folder: str | Path | None = None, provider: str = "cpu"):
@@ -73,6 +77,8 @@ def open_session(model, folder: str | Path | None = None, provider: str = "cpu")
     names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
     if names[provider] not in ort.get_available_providers():
         raise ExportError(f"this onnxruntime cannot run on {provider}; install onnxruntime-gpu, or run on the CPU")
+    if provider == "cuda" and not torch.cuda.is_available():
+        raise ExportError("onnx-cuda runs on an NVIDIA GPU and this machine has none; use --runtime onnx")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -83,9 +89,15 @@ def open_session(model, folder: str | Path | None = None, provider: str = "cpu")
 
     def start(path: Path):
         try:
-            return ort.InferenceSession(str(path), options, providers=[names[provider]])
+            session = ort.InferenceSession(str(path), options, providers=[names[provider]])
         except Exception as error:  # onnxruntime has an exception class for every kind of failure
-            raise ExportError(f"onnxruntime cannot run this graph ({first_line(error)})") from error
+            raise _failure("cannot run", error) from error
+        if names[provider] not in session.get_providers():  # it goes on with the CPU where CUDA's libraries do not load
+            raise ExportError(
+                f"onnxruntime could not start on {provider}; install the CUDA and cuDNN that it was built for, or use "
+                "--runtime onnx"
+            )
+        return session
 
     if isinstance(model, (str, Path)):
         path = Path(model)

@@ -1,5 +1,6 @@
 """The parts of a model that can be exported: what each is loaded from, calibrated on and judged by."""
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,8 +32,16 @@ from omniid.export.parity import (
     transformer_measures,
 )
 from omniid.export.request import Request
-from omniid.export.runner import open_runner
-from omniid.export.samples import NUM_CALIBRATION, NUM_JUDGED, PROMPTS, Drawing, photo_sets, random_tokens
+from omniid.export.runner import Runner, open_runner
+from omniid.export.samples import (
+    NUM_CALIBRATION,
+    NUM_JUDGED,
+    PROMPTS,
+    Drawing,
+    photo_sets,
+    random_inputs,
+    random_tokens,
+)
 from omniid.models.encoder import OmniIDEncoder, load_encoder
 from omniid.models.flux import decode_latents, encode_images
 from omniid.models.identity_adapter import IdentityAdapter
@@ -60,10 +69,36 @@ class Part:
     """What the parts share."""
 
     judged = ""
+    runner: Runner | None = None
+    """That has the exported file open, where one has; else it is opened in onnxruntime on the CPU."""
 
     def __init__(self, request: Request, say: Say):
         self.request, self.say, self.preset = request, say, _preset(request)
         torch.manual_seed(0)
+
+    def graph(self, dtype: torch.dtype) -> Graph:
+        """What is exported, its weights in `dtype` from now on."""
+        raise NotImplementedError
+
+    def plain(self) -> contextlib.AbstractContextManager:
+        """Within it the graph's module runs on operations that export."""
+        return contextlib.nullcontext()
+
+    def export(self, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> Graph:
+        """Writes the ONNX file."""
+        graph = self.graph(dtype)
+        with self.plain():
+            export_onnx(graph, path, metadata, self.request.opset)
+        return graph
+
+    def usual_inputs(self, graph: Graph) -> dict[str, Tensor]:
+        """Inputs of the size that is used most: what a graph is timed with."""
+        return graph.inputs
+
+    def exported(self, path: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        """The file ready to run, outputs on the CPU."""
+        runner = self.runner or open_runner(path)
+        return lambda inputs: {name: values.cpu() for name, values in runner.run(inputs).items()}
 
     def base_path(self) -> str | Path:
         """Folder or hub name of the base."""
@@ -130,11 +165,14 @@ class EncoderPart(Part):
     def reference(self) -> Tensor:
         return _codes(self.module, self.sets.judged)
 
-    def export(self, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> Graph:
-        graph = encoder_graph(self.module.to(dtype), self.request.form)
-        with plain_tower(self.module):
-            export_onnx(graph, path, metadata, self.request.opset)
-        return graph
+    def graph(self, dtype: torch.dtype) -> Graph:
+        return encoder_graph(self.module.to(dtype), self.request.form)
+
+    def plain(self) -> contextlib.AbstractContextManager:
+        return plain_tower(self.module)
+
+    def usual_inputs(self, graph: Graph) -> dict[str, Tensor]:
+        return encoder_inputs([photos for photos in self.sets.judged if len(photos) == 3][:1], self.request.form)
 
     def calibration(self, path: Path):
         sets = self.sets.calibration
@@ -143,7 +181,7 @@ class EncoderPart(Part):
             yield {name: tensor.numpy() for name, tensor in inputs.items()}
 
     def compare(self, path: Path, reference: Tensor) -> list[Measure]:
-        exported = ExportedEncoder(path)
+        exported = ExportedEncoder(self.runner or path)
         together = exported.codes(self.sets.judged)
         alone = torch.cat([exported.codes([photos]) for photos in self.sets.judged])
         measures = encoder_measures(reference, together, self.request.precision)
@@ -172,16 +210,14 @@ class AdapterPart(Part):
         kv = self.module.project(self.all_tokens[self.num_calibration :])
         return kv.keys, kv.values
 
-    def export(self, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> Graph:
-        graph = adapter_graph(self.module.to(dtype), self.all_tokens.shape[1])
-        export_onnx(graph, path, metadata, self.request.opset)
-        return graph
+    def graph(self, dtype: torch.dtype) -> Graph:
+        return adapter_graph(self.module.to(dtype), self.all_tokens.shape[1])
 
     def calibration(self, path: Path):
         yield {"tokens": self.all_tokens[: self.num_calibration].numpy()}
 
     def compare(self, path: Path, reference: tuple[Tensor, Tensor]) -> list[Measure]:
-        got = open_runner(path).run({"tokens": self.all_tokens[self.num_calibration :]})
+        got = self.exported(path)({"tokens": self.all_tokens[self.num_calibration :]})
         return adapter_measures(reference, (got["id_k"], got["id_v"]), self.request.precision)
 
 
@@ -212,23 +248,29 @@ class TransformerPart(Part):
         self.calibration_inputs = [inputs for inputs, _, _ in self.drawings[0].steps(velocity, self.request.steps)]
         return list(self.drawings[1].steps(velocity, self.request.steps))
 
-    def export(self, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> Graph:
+    def graph(self, dtype: torch.dtype) -> Graph:
         base = self.preset.base
-        graph = transformer_graph(
-            self.pipeline.transformer.to(dtype), self.num_tokens, base.image_size, base.max_sequence_length
-        )
-        export_onnx(graph, path, metadata, self.request.opset)
-        return graph
+        sizes = (self.num_tokens, base.image_size, base.max_sequence_length, self.request.sides)
+        return transformer_graph(self.pipeline.transformer.to(dtype), *sizes)
+
+    def usual_inputs(self, graph: Graph) -> dict[str, Tensor]:
+        """Of one picture with one person."""
+        kept = {"img_ids": (), "id_k": (1, 2), "id_v": (1, 2), "id_scale": (0, 1)}
+        inputs = random_inputs(graph)
+        for name in inputs:
+            for axis in kept.get(name, (0,)):
+                inputs[name] = inputs[name].narrow(axis, 0, 1)
+        return inputs
 
     def calibration(self, path: Path):
         for inputs in self.calibration_inputs:
             yield {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}
 
     def compare(self, path: Path, reference: list) -> list[Measure]:
-        runner = open_runner(path)
+        run = self.exported(path)
 
         def velocity(inputs: dict[str, Tensor]) -> Tensor:
-            return runner.run(inputs)["velocity"]
+            return run(inputs)["velocity"]
 
         drawing = self.drawings[1]
         own = drawing.steps(velocity, self.request.steps)
@@ -253,15 +295,12 @@ class AutoencoderPart(Part):
     def reference(self) -> Tensor:
         return decode_latents(self.vae, self.latents)
 
-    def export(self, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> Graph:
-        graph = autoencoder_graph(self.vae.to(dtype), self.preset.base.image_size)
-        export_onnx(graph, path, metadata, self.request.opset)
-        return graph
+    def graph(self, dtype: torch.dtype) -> Graph:
+        return autoencoder_graph(self.vae.to(dtype), self.preset.base.image_size, self.request.sides)
 
     def compare(self, path: Path, reference: Tensor) -> list[Measure]:
-        return picture_measures(
-            reference, open_runner(path).run({"latents": self.latents})["pictures"], self.request.precision
-        )
+        pictures = self.exported(path)({"latents": self.latents})["pictures"]
+        return picture_measures(reference, pictures, self.request.precision)
 
 
 class TextPart(Part):
@@ -279,22 +318,22 @@ class TextPart(Part):
             PROMPTS, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).input_ids
 
-    def _graph(self) -> Graph:
-        return text_graph(self.request.what, self.module, self.length)
+    def graph(self, dtype: torch.dtype) -> Graph:
+        return text_graph(self.request.what, self.module.to(dtype), self.length)
 
     @torch.no_grad()
     def reference(self) -> Tensor:
-        return self._graph().module(self.ids)
-
-    def export(self, path: Path, dtype: torch.dtype, metadata: dict[str, str]) -> Graph:
-        self.module.to(dtype)
-        graph = self._graph()
-        export_onnx(graph, path, metadata, self.request.opset)
-        return graph
+        return self.graph(torch.float32).module(self.ids)
 
     def compare(self, path: Path, reference: Tensor) -> list[Measure]:
-        (got,) = open_runner(path).run({"ids": self.ids}).values()
+        (got,) = self.exported(path)({"ids": self.ids}).values()
         return text_measures(reference, got, self.request.precision)
+
+
+PARTS_BY_NAME: dict[str, type[Part]] = {
+    "encoder": EncoderPart, "adapter": AdapterPart, "transformer": TransformerPart,
+    "autoencoder": AutoencoderPart, "clip": TextPart, "t5": TextPart,
+}  # fmt: skip
 
 
 def velocity_of(transformer) -> Callable[[dict[str, Tensor]], Tensor]:

@@ -8,6 +8,8 @@ PARTS = ("encoder", "adapter", "transformer", "autoencoder", "clip", "t5")
 PRECISIONS = ("fp32", "bf16", "fp8", "int8")
 ROUNDED_PARTS = ("encoder", "adapter", "transformer")
 """Those that fp8 and int8 are for."""
+SMALLEST_SIDE, LARGEST_SIDE = 32, 2048
+"""Of a picture in pixels; `graphs.MOST_TOKENS` are those of the largest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Request:
     """Files or hub names of LoRAs, each with its weight, merged into the transformer before it is exported."""
     streamed: bool = False
     """Of a transformer: its weights go from their files to the export one by one and are never all in memory."""
+    sides: tuple[int, ...] = ()
+    """Of square pictures in pixels, smallest first, that an engine of a transformer or autoencoder is tuned for."""
 
 
 def check(request: Request) -> None:
@@ -47,6 +51,15 @@ def check(request: Request) -> None:
         )
     if request.loras and request.what != "transformer":
         raise ExportError(f"a LoRA changes the transformer; leave it out for {request.what}")
+    if request.sides and request.what not in ("transformer", "autoencoder"):
+        raise ExportError(f"sides are of pictures that are drawn; leave them out for {request.what}")
+    if list(request.sides) != sorted(set(request.sides)) or any(
+        side % 16 or not SMALLEST_SIDE <= side <= LARGEST_SIDE for side in request.sides
+    ):
+        raise ExportError(
+            f"sides must be multiples of 16 from {SMALLEST_SIDE} to {LARGEST_SIDE}, smallest first, "
+            f"got {','.join(map(str, request.sides))}"
+        )
     if request.form not in ("packed", "padded"):
         raise ExportError(f"unknown form {request.form!r}; choose packed or padded")
     if request.precision == "fp8" and request.opset < 19:

@@ -6,7 +6,7 @@ source, and the first double and the first single block, exported in the same wa
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def check_fits(transformer: torch.nn.Module, weights: Weights) -> None:
 
 def export_streamed(
     config: dict, weights: Weights, path: str | Path, metadata: dict[str, str], opset: int,
-    num_tokens: int, image_size: int, text_length: int, dtype: torch.dtype,
+    num_tokens: int, image_size: int, text_length: int, dtype: torch.dtype, sides: Sequence[int] = (),
 ) -> Graph:  # fmt: skip
     """Writes the transformer of a diffusers configuration at `path`, its weights beside it; sizes as of `transformer_graph`.
 
@@ -108,7 +108,7 @@ def export_streamed(
     """
     transformer = fake_transformer(config, dtype)
     check_fits(transformer, weights)
-    graph = transformer_graph(transformer, num_tokens, image_size, text_length)
+    graph = transformer_graph(transformer, num_tokens, image_size, text_length, sides)
     values = {PREFIX + name: lambda name=name: weights.get(name).to(dtype) for name in weights.shapes}
     export_onnx(graph, path, metadata, opset, values)
     return graph

@@ -12,7 +12,6 @@ from omniid.export.onnx import WEIGHTS_SUFFIX, ExportError
 from omniid.export.parity import Measure, each_measures
 from omniid.export.parts import Part, Say, velocity_of
 from omniid.export.request import Request
-from omniid.export.runner import open_runner
 from omniid.export.samples import random_inputs
 from omniid.export.streamed import Weights, check_fits, differing_weights, export_streamed, fake_transformer
 
@@ -49,6 +48,7 @@ class StreamedTransformerPart(Part):
             "num_tokens": self.preset.encoder.num_queries,
             "image_size": self.preset.base.image_size,
             "text_length": self.preset.base.max_sequence_length,
+            "sides": request.sides,
         }
         self.first_blocks = {**self.config, "num_layers": 1, "num_single_layers": 1}
 
@@ -79,7 +79,7 @@ class StreamedTransformerPart(Part):
             export_streamed(
                 self.first_blocks, weights, few, self.metadata, self.request.opset, dtype=self.dtype, **self.sizes
             )
-            velocity = open_runner(few).run(self.inputs)["velocity"]
+            velocity = self.exported(few)(self.inputs)["velocity"]
         finally:
             for leftover in (few, few.with_name(few.name + WEIGHTS_SUFFIX)):
                 leftover.unlink(missing_ok=True)

@@ -7,14 +7,13 @@ An engine is loaded only with the manifest that was written with it.
 
 import importlib
 import importlib.util
+import json
 import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from omniid.export.graphs import Profile
 from omniid.export.manifest import Entry, check, digest, note
@@ -27,8 +26,6 @@ TIMING_CACHE = "timing.cache"
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")
 """What rtx builds for unless told otherwise: Ampere, Ada and Blackwell. FP8 needs Ada or newer."""
 FIRST_TARGET_WITH_FP8 = 89
-MOST_MATRICES = 32
-"""Looked for in an engine, evenly over the graph: each search reads the whole engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +149,7 @@ def open_engine(path: str | Path):
         raise ExportError(
             f"{path.name} was built by {package} {version}, installed is {trt.__version__}; build it again"
         )
-    here = "sm{}{}".format(*torch.cuda.get_device_capability())
+    here = gpu_here()
     if here not in entry.targets:
         raise ExportError(
             f"{path.name} was built for {', '.join(entry.targets)}, this GPU is {here}; build it with --target {here}"
@@ -164,30 +161,24 @@ def open_engine(path: str | Path):
     return trt, engine, entry
 
 
-def weights_in_engine(engine_file: str | Path, onnx_file: str | Path) -> dict[str, str]:
-    """Up to 32 matrices of an ONNX file to the form in which an engine holds it: its type's name, or `not as such`.
+def inspect_engine(path: str | Path) -> dict | None:
+    """What the runtime tells of the layers that it made of an engine: names, types, tactics.
 
-    An engine can be inspected only on its GPU; but one that keeps FP8 weights holds their bytes, row by row or
-    column by column. A matrix that the builder rearranged otherwise, or of few values, is `not as such`.
+    None on a machine without a GPU that the engine is for. Raises ExportError as `open_engine`.
     """
-    import onnx_ir as ir
+    import torch
 
-    blob, found = Path(engine_file).read_bytes(), {}
-    matrices = [
-        value
-        for value in ir.load(Path(onnx_file)).graph.initializers.values()
-        if len(value.shape) == 2 and value.const_value.size >= 4096
-    ]
-    for value in matrices[:: max(1, -(-len(matrices) // MOST_MATRICES))]:
-        matrix = value.const_value.numpy()
-        found[value.name] = "not as such"
-        for form in (matrix, matrix.T):
-            # The builder may join matrices side by side, so runs are looked for within rows.
-            rows = (np.ascontiguousarray(form[row]).tobytes()[:64] for row in (0, len(form) // 2, len(form) - 1))
-            if all(len(set(row)) > 8 and row in blob for row in rows):
-                found[value.name] = value.dtype.name.lower()
-                break
-    return found
+    if not torch.cuda.is_available() or gpu_here() not in check(path).targets:
+        return None
+    trt, engine, _ = open_engine(path)
+    return json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def gpu_here() -> str:
+    """This machine's GPU, such as sm89."""
+    import torch
+
+    return "sm{}{}".format(*torch.cuda.get_device_capability())
 
 
 def choose_targets(runtime: str, wish: Sequence[str], precision: str) -> tuple[str, ...]:
@@ -205,7 +196,7 @@ def choose_targets(runtime: str, wish: Sequence[str], precision: str) -> tuple[s
             raise ExportError(
                 "tensorrt builds engines on the GPU that they are for, and this machine has none; use --runtime rtx"
             )
-        return ("sm{}{}".format(*torch.cuda.get_device_capability()),)
+        return (gpu_here(),)
     known = [name.lower() for name in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
     if unknown := [name for name in wish if name not in known]:
         raise ExportError(

@@ -78,7 +78,35 @@ def test_what_cannot_be_built_is_said_before_anything_is_exported(tiny_weights, 
     assert not list(tmp_path.iterdir())
 
 
+def test_an_engine_comes_with_a_list_of_its_layers(tiny_weights, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    options = ["--what", "adapter", "--precision", "fp8", "--runtime", "rtx", "--target", "sm89", "--json"]
+    result = run("export", "trt", *options, "--preset", tiny_weights, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    table = json.loads((tmp_path / f"{facts['engine']}.layers.json").read_text())
+    assert table["engine"] == facts["engine"] and (tmp_path / facts["engine"]).is_file()
+    assert table["counts"] == facts["matrices_in_engine"] and table["not_fp8"] == facts["layers_not_in_fp8"] == []
+    # Values are zero before training, and equal products are one.
+    names = {"adapter.to_k_id.0", "adapter.to_k_id.1", "adapter.to_k_id.2", "adapter.to_v_id.0"}
+    assert {one["layer"] for one in table["layers"]} == names
+    assert {one["graph"] for one in table["layers"]} == {"float8e4m3fn"}
+
+
+def test_sides_that_cannot_be_are_refused(tiny_weights, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    for what, sides, code, message in (
+        ("transformer", "512,large", 2, "like 512,1024,1536"),
+        ("transformer", "1024,512", 1, "smallest first"),
+        ("encoder", "512", 1, "leave them out for encoder"),
+    ):
+        options = ["--what", what, "--sides", sides, "--runtime", "rtx", "--preset", tiny_weights, "-o", tmp_path]
+        result = run("export", "trt", *options)
+        assert result.exit_code == code and message in result.output, result.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_names_the_commands():
     result = run("export", "--help")
     assert result.exit_code == 0
-    assert all(name in result.output for name in ("onnx", "trt", "fp8"))
+    assert all(name in result.output for name in ("onnx", "trt", "fp8", "judge"))

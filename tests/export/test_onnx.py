@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from omniid.cli.main import main
+from omniid.export import int8
 from omniid.export.exported_encoder import ExportedEncoder
 from omniid.export.graphs import adapter_graph, transformer_graph
 from omniid.export.job import export_part
@@ -208,27 +209,42 @@ def test_without_photos_or_with_too_old_an_opset_nothing_is_written(trained, tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("operation", r"aten\.strange is unsupported.*use opset 20"),
-        ("memory", "too little memory to export the adapter"),
-    ],
-)
-def test_what_torch_cannot_export_is_one_sentence(trained, tmp_path, monkeypatch, kind, message):
+def test_what_torch_cannot_export_is_one_sentence(trained, tmp_path, monkeypatch):
     from torch.onnx import errors
 
     def fail(*args, **kwargs):
-        if kind == "memory":
-            raise RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-            )
         raise errors.OnnxExporterError("no translation for aten.strange") from ValueError("aten.strange is unsupported")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(ExportError, match=r"aten\.strange is unsupported.*use opset 20"):
         export_onnx(adapter_graph(IdentityAdapter.load(trained / "adapter.safetensors"), 6), tmp_path / "a.onnx", {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["exporting", "rounding", "comparing"])
+def test_too_little_memory_is_one_sentence_wherever_it_runs_out(trained, tmp_path, monkeypatch, where):
+    import onnxruntime
+    from torch.onnx import errors
+
+    def fail(*args, **kwargs):
+        if where == "rounding":
+            raise MemoryError
+        lacking = RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        )
+        if where == "exporting":
+            raise errors.OnnxExporterError("decomposition failed") from lacking
+        raise RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer of size 9")
+
+    place = {
+        "exporting": (torch.onnx, "export"),
+        "rounding": (int8, "round_weight"),
+        "comparing": (onnxruntime, "InferenceSession"),
+    }
+    monkeypatch.setattr(*place[where], fail)
+    with pytest.raises(ExportError, match=r"^there is too little memory to (export the adapter|run this graph)"):
+        export_part(Request("adapter", str(trained), "int8"), tmp_path)
+    assert where == "comparing" or not list(tmp_path.iterdir())
 
 
 def test_tensors_in_bf16_reach_onnxruntime_as_they_are(tmp_path):

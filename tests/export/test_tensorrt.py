@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from omniid.export import engine as engine_module
-from omniid.export import tensorrt
+from omniid.export import fp8, products, tensorrt
 from omniid.export.engine import EngineRunner
 from omniid.export.exported_encoder import ExportedEncoder
+from omniid.export.graphs import adapter_graph
+from omniid.export.job import export_part
+from omniid.export.layers import FP8, write_layers
 from omniid.export.manifest import MANIFEST, check
-from omniid.export.onnx import ExportError
-from omniid.export.tensorrt import BuildOptions, build_engine, open_engine, weights_in_engine
+from omniid.export.onnx import ExportError, export_onnx
+from omniid.export.request import Request
+from omniid.export.tensorrt import BuildOptions, build_engine, inspect_engine, open_engine
+from omniid.models.identity_adapter import IdentityAdapter
 
 pytest.importorskip("tensorrt_rtx", reason="engines need pip install 'omniid[export]'")
 pytestmark = pytest.mark.slow
@@ -169,12 +174,79 @@ def test_the_narrowest_profile_runs_and_what_none_takes_is_one_sentence(engine, 
         EngineRunner("a.engine")
 
 
-def test_fp8_weights_are_in_the_engine_as_fp8(engine):
-    """The builder keeps every matrix in the type that the graph has it in."""
-    for precision, name in (("fp8", "float8e4m3fn"), ("bf16", "bfloat16")):
-        folder, entry, onnx_file = engine("transformer", "fp8") if precision == "fp8" else engine("encoder", "bf16")
-        forms = [form for form in weights_in_engine(folder / entry.file, onnx_file).values() if form != "not as such"]
-        assert forms and forms.count(name) >= 0.5 * len(forms)
+def test_an_adapter_in_fp8_is_half_an_engine_and_holds_every_matrix_in_fp8(tmp_path):
+    torch.manual_seed(0)
+    # An engine has 1.2 MB beside its weights: at this size they weigh little.
+    adapter = IdentityAdapter(1024, 10, 8, 64)
+    for to_v in adapter.to_v_id:
+        torch.nn.init.normal_(to_v.weight, std=0.05)
+    graph, about = adapter_graph(adapter.bfloat16(), 6), {"what": "adapter"}
+    export_onnx(graph, tmp_path / "bf16.onnx", {})
+    names = {one.activation.name for one in products.products(products.load(tmp_path / "bf16.onnx"))}
+    highest = fp8.calibrate(tmp_path / "bf16.onnx", names, [{"tokens": torch.randn(1, 6, 1024).numpy()}])
+    assert fp8.quantize(tmp_path / "bf16.onnx", tmp_path / "fp8.onnx", highest) == []
+    sizes = {}
+    for precision, name in (("bf16", "bfloat16"), ("fp8", FP8)):
+        onnx_file, metadata = tmp_path / f"{precision}.onnx", about | {"precision": precision}
+        entry = build_engine(onnx_file, tmp_path, graph.profiles, metadata, RTX, progress=False)
+        sizes[precision] = entry.bytes
+        table = write_layers(tmp_path / entry.file, onnx_file)
+        assert table["counts"] == {name: 20} and len(table["not_fp8"]) == (0 if precision == "fp8" else 20)
+        assert json.loads((tmp_path / f"{entry.file}.layers.json").read_text()) == json.loads(json.dumps(table))
+    assert sizes["fp8"] <= 0.55 * sizes["bf16"]
+
+
+def test_every_side_has_a_profile_of_its_own(trained, tmp_path):
+    export = export_part(Request("transformer", str(trained), "bf16", steps=1, sides=(32, 48, 64)), tmp_path)
+    names = ("pictures_to_32_px", "pictures_to_48_px", "pictures_to_64_px")
+    tokens = [tuple(shape[1] for shape in profile.shapes["latents"]) for profile in export.graph.profiles]
+    assert tokens == [(4, 4, 4), (4, 9, 9), (9, 16, 16)]
+    metadata = export.metadata | {"what": "transformer"}
+    assert build_engine(export.path, tmp_path, export.graph.profiles, metadata, RTX, progress=False).profiles == names
+    decoder = export_part(Request("autoencoder", str(trained), sides=(32, 64)), tmp_path)
+    rows = [tuple(shape[2] for shape in profile.shapes["latents"]) for profile in decoder.graph.profiles]
+    assert rows == [(4, 4, 6), (4, 8, 12)]
+    for bad, message in (((64, 32), "smallest first"), ((40,), "multiples of 16"), ((4096,), "to 2048")):
+        with pytest.raises(ExportError, match=message):
+            export_part(Request("transformer", str(trained), sides=bad), tmp_path)
+    with pytest.raises(ExportError, match="leave them out for encoder"):
+        export_part(Request("encoder", str(trained), sides=(64,)), tmp_path)
+
+
+def test_layers_that_are_not_in_fp8_are_listed(engine):
+    folder, entry, onnx_file = engine("transformer", "fp8")
+    table = write_layers(folder / entry.file, onnx_file)
+    assert {"transformer.x_embedder", "transformer.proj_out"} <= set(table["not_fp8"])
+    assert not any("proj_mlp" in name or "to_q" in name for name in table["not_fp8"])
+    assert all(one["engine"] in (one["graph"], "not as such") for one in table["layers"])
+    assert table["counts"][FP8] >= 0.5 * sum(one["graph"] == FP8 for one in table["layers"])
+
+
+def test_matrices_of_another_graph_are_not_found_in_an_engine(engine):
+    folder, entry, _ = engine("transformer", "fp8")
+    _, _, other = engine("encoder", "bf16")
+    assert write_layers(folder / entry.file, other)["counts"].keys() == {"not as such"}
+
+
+def test_the_inspector_tells_the_layers_on_the_engines_gpu(engine, tmp_path, monkeypatch):
+    import tensorrt_rtx
+
+    class Inspected:
+        def create_engine_inspector(self):
+            return self
+
+        def get_engine_information(self, form):
+            assert form == tensorrt_rtx.LayerInformationFormat.JSON
+            return '{"Layers": ["gemm_e4m3"]}'
+
+    path = copied(engine, tmp_path)
+    if not torch.cuda.is_available():
+        assert inspect_engine(path) is None
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(tensorrt_rtx.Runtime, "deserialize_cuda_engine", lambda runtime, blob: Inspected())
+    assert inspect_engine(path) == {"Layers": ["gemm_e4m3"]}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert inspect_engine(path) is None
 
 
 def test_what_cannot_be_built_is_one_sentence(engine, tmp_path, monkeypatch):
