@@ -28,7 +28,7 @@ help:
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make bench  timings of kernels and of the whole path, where their inputs are here"
 	@echo "make gpu    on a CUDA device: its tests, the kernels' benchmarks and the train step at the paper's size, with reports"
-	@echo "make train-mini DATA=people HOURS=6   the mini weights: base, mtd, flow, control; the same command goes on"
+	@echo "make train-mini DATA=people HOURS=6   the mini weights, all stages; the same command goes on"
 	@echo "make clean  remove what the targets made, .venv excepted"
 
 venv: $(INSTALLED)

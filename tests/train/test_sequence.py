@@ -10,7 +10,7 @@ from omniid.train.sequence import train_sequence
 
 
 @pytest.mark.slow
-def test_four_stages_fill_one_weights_folder_and_a_stop_is_gone_on_from(tiny_file, records, tmp_path, monkeypatch):
+def test_the_stages_fill_one_weights_folder_and_a_stop_is_gone_on_from(tiny_file, records, tmp_path, monkeypatch):
     runs, weights, trained, real = tmp_path / "runs", tmp_path / "weights", [], sequence.run_stage
 
     def stopped_in_flow(stage, *arguments, **options):
@@ -25,12 +25,14 @@ def test_four_stages_fill_one_weights_folder_and_a_stop_is_gone_on_from(tiny_fil
     options = {"overrides": [*short, "train.control.control_single_blocks=1"], "device": "cpu", "progress": False}
     assert not train_sequence(*arguments, **options)
     assert train_sequence(*arguments, **options)
-    assert trained == ["base", "mtd", "flow", "flow", "control"]
+    assert trained == ["base", "mtd", "recogniser", "flow", "flow", "control"]
     assert json.loads((runs / sequence.PROGRESS).read_text())["done"] == list(sequence.SHARES)
     files = {path.relative_to(weights).as_posix() for path in weights.rglob("*") if path.is_file()}
     assert {"encoder.safetensors", "decoder.safetensors", "adapter.safetensors", "controlnet/config.json"} <= files
-    assert "base/model_index.json" in files and "preset.toml" in files
-    assert train_sequence(*arguments, **options) and len(trained) == 5
+    assert {"base/model_index.json", "preset.toml", "recogniser.safetensors"} <= files
+    for stage in ("flow", "control"):
+        assert "identity_loss" in (runs / stage / "metrics.jsonl").read_text()
+    assert train_sequence(*arguments, **options) and len(trained) == 6
 
 
 def test_time_is_shared_out_once_by_the_speed_of_each_stage(tmp_path, monkeypatch):
@@ -38,6 +40,7 @@ def test_time_is_shared_out_once_by_the_speed_of_each_stage(tmp_path, monkeypatc
         ("base", False): 100,
         ("base", True): 500,
         ("mtd", False): 1000,
+        ("recogniser", False): 90,
         ("flow", False): 50,
         ("control", False): 40,
     }
@@ -49,7 +52,7 @@ def test_time_is_shared_out_once_by_the_speed_of_each_stage(tmp_path, monkeypatc
 
     def run(stage, preset, data, folder, overrides, **options):
         if folder.name != "trial":
-            given.setdefault(stage, []).append(overrides)
+            given.setdefault(stage, []).append([one for one in overrides if "steps" in one])
         return SimpleNamespace(interrupted=stage == "mtd" and len(given["mtd"]) == 1)
 
     monkeypatch.setattr(sequence, "profile_stage", profile)
@@ -59,9 +62,10 @@ def test_time_is_shared_out_once_by_the_speed_of_each_stage(tmp_path, monkeypatc
     assert train_sequence("mini", "people", tmp_path, tmp_path / "weights", hours=1)
     assert given == {
         "base": [["train.base.autoencoder_steps=4320", "train.base.steps=1296"]],
-        "mtd": [["train.mtd.steps=1620"]] * 2,
-        "flow": [["train.flow.steps=10800"]],
-        "control": [["train.control.steps=9000"]],
+        "mtd": [["train.mtd.steps=1440"]] * 2,
+        "recogniser": [["train.recogniser.steps=2000"]],
+        "flow": [["train.flow.steps=7200"]],
+        "control": [["train.control.steps=13500"]],
     }
 
 
