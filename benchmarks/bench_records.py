@@ -2,7 +2,7 @@
 
 `omniid bench records` writes a million rows of two tiny images to a temporary folder (4 GB with the copy that `datasets` maps
 into memory) and reads each once. Private memory is what the process holds; resident memory also counts pages of mapped
-files, which the system takes back when it needs them.
+files, of which the walks give back what they no longer need.
 """
 
 import argparse
