@@ -14,6 +14,7 @@ from omniid.cli.main import main
 from omniid.data.synthetic import template_landmarks
 from omniid.generate.watermark import is_marked
 from omniid.identity import Identity
+from omniid.models.identity_adapter import IdentityAdapter
 from omniid.picture_file import read_details, save_picture
 
 
@@ -341,17 +342,26 @@ def test_pictures_to_start_from(draw, drawing_weights, tmp_path):
     )
     assert result.exit_code == 1 and "the mask is nowhere white, so nothing would change" in result.stderr
     from_picture, details = draw("--image", tmp_path / "start.png", "--image-strength", 0.5)
+    assert (draw("--image", tmp_path / "start.png", "--image-strength", 1)[0] != from_picture).any()
     inpainted, _ = draw("--image", tmp_path / "start.png", "--mask", tmp_path / "mask.png", "--image-strength", 0.5)
-    assert (from_picture != plain).any() and inpainted.shape == plain.shape
+    assert (from_picture != plain).any() and (inpainted != plain).any()
+    Image.fromarray(np.repeat(np.uint8([[0] * 16 + [255] * 16]), 32, axis=0)).save(tmp_path / "mask.png")
+    half, _ = draw("--image", tmp_path / "start.png", "--mask", tmp_path / "mask.png", "--image-strength", 0.5)
+    assert (half != inpainted).any()
     assert details["image"] == "start.png"
 
 
-def test_parts_can_be_named_and_are_recorded(draw, drawing_weights, lora_file):
+def test_parts_can_be_named_and_are_recorded(draw, drawing_weights, lora_file, tmp_path):
     plain, _ = draw()
     parts = ("--base", drawing_weights / "base", "--adapter", drawing_weights / "adapter.safetensors")
     same, details = draw(*parts)
     assert (same == plain).all() and details["base"] == str(drawing_weights / "base")
     assert (draw("--guidance", 1)[0] != plain).any()
+    adapter = IdentityAdapter.load(drawing_weights / "adapter.safetensors")
+    with torch.no_grad():
+        adapter.to_v_id[0].weight.mul_(-2)
+    adapter.save(tmp_path / "other.safetensors")
+    assert (draw("--adapter", tmp_path / "other.safetensors")[0] != plain).any()
     with_lora, details = draw("--lora", f"{lora_file}=0.5")
     assert (with_lora != plain).any() and details["loras"] == [[lora_file, 0.5]]
     assert (draw("--lora", lora_file)[0] != with_lora).any()
@@ -420,6 +430,17 @@ def test_landmarks_and_poses_are_repeated(draw, controlled_weights, identity, tm
         result = run("--from", tmp_path / "drawn.png", "--id", identity, "-o", tmp_path / "again.png")
         assert result.exit_code == 0, result.output
         assert (drawn(tmp_path / "again.png") == first).all()
+
+
+def test_seed_steps_and_strength_of_landmarks_change_the_picture(draw, controlled_weights):
+    def draw_with(*options):
+        return draw("--pose", "20,-5,0", *options, weights=controlled_weights)
+
+    plain, details = draw_with()
+    assert details["num_inference_steps"] == 2 and details["landmark_scale"] == 1
+    for options in (("--seed", 1), ("--steps", 3), ("--landmark-scale", 0.5), ("--pose", "-20,0,0")):
+        assert (draw_with(*options)[0] != plain).any(), options
+    assert (draw_with("--landmark-scale", 0)[0] == draw(weights=controlled_weights)[0]).all()
 
 
 def test_landmarks_of_a_photo_come_from_the_face_backend(draw, controlled_weights, tmp_path, monkeypatch):

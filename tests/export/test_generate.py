@@ -1,5 +1,6 @@
 """Pictures by exported transformers: those that PyTorch draws, for every strength, place and number of people."""
 
+import io
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from omniid.cli.main import main
 from omniid.export.manifest import MANIFEST
@@ -66,6 +68,14 @@ SETTINGS = {
     "guidance away from somebody": (1, {"id_guidance": 4.0, "negative": True, "num_images": 2}),
     "two people in regions": (2, {"regions": ["left", "right"], "id_scale": [6.0, 3.0], "id_blocks": "double=0.5"}),
     "nobody": (0, {"negative_prompt": "a person"}),
+    "a picture to start from, under a mask": (
+        1,
+        {
+            "image": Image.linear_gradient("L").convert("RGB"),
+            "mask": Image.linear_gradient("L").rotate(90),
+            "image_strength": 0.9,
+        },
+    ),
 }
 
 
@@ -118,24 +128,52 @@ def test_folders_that_cannot_draw_are_refused(trained, folder, tmp_path):
         load_exported_generator(copy, trained)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
-def test_the_command(trained, folder, people, tmp_path):
+@pytest.fixture
+def draw(trained, folder, people, tmp_path):
+    """Runs the command with the exports and further options."""
     people[0].save(tmp_path / "id.pt")
-    out = tmp_path / "out.png"
     arguments = ["generate", "--id", tmp_path / "id.pt", "--prompt", "photo of a person", "--preset", trained]
-    arguments += ["--engine", folder, "-o", out]
+    arguments += ["--engine", folder, "-o", tmp_path / "out.png"]
+    return lambda *more: CliRunner().invoke(main, list(map(str, [*arguments, *more])))
 
-    def run(*more):
-        return CliRunner().invoke(main, list(map(str, [*arguments, *more])))
 
-    result = run("--json")
+def test_the_command(draw, folder, people, tmp_path):
+    result = draw("--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)[0]["precision"] == "fp32" and out.is_file()
-    out.unlink()
-    for more, message in (
-        (["--runtime", "trt"], "this machine has none"),
-        (["--lora", "a.safetensors"], "omniid export --lora"),
-        (["--offload", "model"], "--offload cannot be used with --engine"),
-    ):
-        result = run(*more)
-        assert result.exit_code == 1 and message in result.output and not out.exists(), result.output
+    details = json.loads(result.stdout)[0]
+    assert details["precision"] == "fp32" and details["engine"] == str(folder)
+    first = (tmp_path / "out.png").read_bytes()
+    assert draw("--runtime", "onnx", "--precision", "fp32", "--offload", "none").exit_code == 0
+    with Image.open(tmp_path / "out.png") as again, Image.open(io.BytesIO(first)) as image:
+        assert (np.asarray(again) == np.asarray(image)).all()
+    repeated = ["generate", "--from", tmp_path / "out.png", "--id", tmp_path / "id.pt", "-o", tmp_path / "again.png"]
+    result = CliRunner().invoke(main, list(map(str, repeated)))
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "again.png") as again, Image.open(io.BytesIO(first)) as image:
+        assert (np.asarray(again) == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lora", "a.safetensors"), "--lora cannot be used with --engine; merge it with: omniid export --lora"),
+        (("--controlnet", "a", "--pose", "0,0,0"), "an exported transformer takes no --landmarks or --pose"),
+        (("--pose", "0,0,0"), "an exported transformer takes no --landmarks or --pose; leave --engine out for them"),
+        (("--landmarks", "face.json"), "an exported transformer takes no --landmarks or --pose"),
+        (("--offload", "model"), "--offload cannot be used with --engine; an exported transformer stays where"),
+        (("--offload", "sequential"), "--offload cannot be used with --engine"),
+        (("--compile", "default"), "--compile cannot be used with --engine; an exported transformer is not compiled"),
+        (("--tiling",), "--tiling cannot be used with --engine; an exported autoencoder decodes whole pictures"),
+        (("--precision", "bf16"), "holds no transformer in bf16 for this runtime; write it with: omniid export onnx"),
+    ],
+)
+def test_what_engines_do_not_take_is_one_sentence(draw, tmp_path, options, message):
+    result = draw(*options)
+    assert result.exit_code == 1 and message in result.stderr, result.output
+    assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
+def test_engines_without_a_gpu_are_one_sentence(draw, tmp_path):
+    result = draw("--runtime", "trt")
+    assert result.exit_code == 1 and "this machine has none" in result.stderr and not (tmp_path / "out.png").exists()
