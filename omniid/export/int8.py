@@ -3,7 +3,8 @@
     weight (K, N):  integers -64..64 with a scale for each of the N outputs
     activation:     uint8 with one scale and zero point for the whole tensor, from its smallest and largest value at run time
 
-Weights are read, rounded and written one matrix at a time: the largest is what must fit the memory beside the graph.
+Weights are read and rounded one matrix at a time, when the file is written: the largest must fit the memory, or the new file
+where it is small enough to be one.
 """
 
 from pathlib import Path
