@@ -83,6 +83,8 @@ def region_scores(
         }
 
     return {
+        "weights": str(weights),
+        "encoder": encoder.fingerprint(),
         "photos": compared(recogniser.descriptors, list(photos)),
         "drawn": compared(recogniser.descriptors, others),
         "pixels": compared(_thumbnails, others),
