@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from omniid.files import sha256_of_file
+from omniid.models.latent_recogniser import RECOGNISER_FILE
 
 LEVEL = 0.9
 NUM_RESAMPLES = 2000
@@ -99,9 +100,10 @@ def paired_difference(a: Figure, b: Figure) -> tuple[float, float, float]:
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """sha256 over names and contents of all weights files and the preset of a weights folder."""
+    """sha256 over names and contents of a folder's preset and weights; training's recogniser, which draws nothing, aside."""
     folder, digest = Path(folder), hashlib.sha256()
-    for path in sorted([*folder.rglob("*.safetensors"), folder / "preset.toml"]):
+    files = [path for path in folder.rglob("*.safetensors") if path.name != RECOGNISER_FILE]
+    for path in sorted([*files, folder / "preset.toml"]):
         digest.update(path.relative_to(folder).as_posix().encode())
         digest.update(sha256_of_file(path).encode())
     return digest.hexdigest()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from omniid.errors import OmniIDError
 from omniid.models.encoder import load_weights, save_weights
 
+RECOGNISER_FILE = "recogniser.safetensors"
+"""Its name in a weights folder."""
 WIDTH, EMBEDDING = 32, 128
 """Channels of the first map; they double with every halving. Numbers of an embedding."""
 GROUPS = 8

@@ -29,6 +29,10 @@ GUIDANCE = 1.0
 """Guidance input of a distilled base while training: 1 stands for the plain velocity, which is what Eq. 7 asks for.
 Not stated in the paper."""
 
+GAP_TIMES = (0.5, 0.9)
+"""Times at which validation also tells what another person's code costs: how much noise leaves open who is drawn, and so how
+far `timestep_shift` is worth moving, depends on base and pictures."""
+
 
 class FlowStage:
     """Encoder and adapter train jointly; transformer, autoencoder and text embedding are fixed."""
@@ -91,7 +95,7 @@ class FlowStage:
         error, clean = self._error(codes, latents, control, time, noise)
         extra, numbers = self._identity_loss(batch, clean, latents)
         if not self.model.training:
-            numbers["identity_gap"] = self._error(codes.roll(1, dims=0), latents, control, time, noise)[0] / error
+            numbers |= self._identity_gaps(codes, latents, control, time, noise, error)
         return error + extra, numbers
 
     def weight(self, batch: Batch) -> float:
@@ -160,6 +164,18 @@ class FlowStage:
         with attach_identities(self.transformer, [IdentityUse(kv)], for_training=True):
             error = flow_matching_loss(velocity, latents, time, noise).mean()
         return error, clean
+
+    def _identity_gaps(
+        self, codes: Tensor, latents: Tensor, control, time: Tensor, noise: Tensor, error: Tensor
+    ) -> dict:
+        """Error with the next person's code over `error`, the one with the right code; and the same at `GAP_TIMES`."""
+        others = codes.roll(1, dims=0)
+        gaps = {"identity_gap": self._error(others, latents, control, time, noise)[0] / error}
+        for level in GAP_TIMES:
+            at = torch.full_like(time, level)
+            own, other = (self._error(one, latents, control, at, noise)[0] for one in (codes, others))
+            gaps[f"identity_gap_at_{level}"] = other / own
+        return gaps
 
     def learning_rate_scale(self, name: str) -> float:
         """The encoder, trained already, may move more slowly than the new adapter."""

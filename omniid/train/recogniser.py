@@ -15,7 +15,7 @@ from torch import Tensor
 from omniid.config import Preset
 from omniid.data.few_to_many import Batch
 from omniid.models.flux import encode_images, load_base, normalise_latents
-from omniid.models.latent_recogniser import LatentRecogniser
+from omniid.models.latent_recogniser import RECOGNISER_FILE, LatentRecogniser
 
 TEMPERATURE = 0.1
 """Of the contrastive loss, as in its paper."""
@@ -43,7 +43,7 @@ class RecogniserStage:
 
     def load(self, folder: Path) -> None:
         """Takes the recogniser from a weights folder instead of a fresh one."""
-        self.model.load_state_dict(LatentRecogniser.load(folder / "recogniser.safetensors").state_dict())
+        self.model.load_state_dict(LatentRecogniser.load(folder / RECOGNISER_FILE).state_dict())
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
@@ -76,7 +76,7 @@ class RecogniserStage:
         return torch.stack([photos[::per_person], photos[nearest]], dim=1)[:8]
 
     def export(self, folder: Path) -> None:
-        self.model.save(folder / "recogniser.safetensors")
+        self.model.save(folder / RECOGNISER_FILE)
 
     def _latents(self, batch: Batch) -> Tensor:
         if batch.latents is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from omniid.errors import OmniIDError
 from omniid.files import atomic_path
+from omniid.models.latent_recogniser import RECOGNISER_FILE
 from omniid.train.profile_data import profile_stage
 from omniid.train.run import run_stage
 
@@ -66,7 +67,7 @@ def train_sequence(
 
 
 def _identity_loss(weights: Path) -> list[str]:
-    file = json.dumps(str(weights / "recogniser.safetensors"))  # quoted as TOML quotes, too
+    file = json.dumps(str(weights / RECOGNISER_FILE))  # quoted as TOML quotes, too
     return [
         override
         for stage in ("flow", "control")

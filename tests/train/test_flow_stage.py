@@ -13,7 +13,7 @@ from omniid.errors import OmniIDError
 from omniid.models.encoder import load_encoder
 from omniid.models.identity_adapter import IdentityAdapter
 from omniid.train.draws import identity_generators
-from omniid.train.flow import FlowStage
+from omniid.train.flow import GAP_TIMES, FlowStage
 from omniid.train.flow_matching import draw_noise, draw_times, flow_matching_loss
 from omniid.train.run import run_stage
 
@@ -62,6 +62,22 @@ def test_the_loss_falls(tiny, weights, batch):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_validation_tells_what_anothers_code_costs_at_set_times(tiny, weights, batch, generator):
+    """Nothing while the adapter adds nothing; then something that the times drawn for the batch do not move."""
+    stage = FlowStage(tiny, weights)
+    stage.model.eval()
+    names = ["identity_gap", *(f"identity_gap_at_{time}" for time in GAP_TIMES)]
+    before = stage.loss(batch, identity_generators(0, batch.places))[1]
+    assert [before[name].item() for name in names] == pytest.approx([1, 1, 1], abs=1e-6)
+    with torch.no_grad():
+        for to_v in stage.adapter.to_v_id:
+            to_v.weight.normal_(std=0.5, generator=generator)
+    after = stage.loss(batch, identity_generators(0, batch.places))[1]
+    assert all(after[name].item() != pytest.approx(1, abs=1e-4) for name in names)
+    stage.model.train()
+    assert not stage.loss(batch, identity_generators(0, batch.places))[1]
 
 
 def test_a_base_of_four_bits_teaches_nearly_the_same(tiny, weights, records, tmp_path):
