@@ -29,7 +29,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 60 * NUM_KILLS)]
 @pytest.fixture(scope="module")
 def preset_file(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("preset") / "tiny.toml"
-    mtd = dataclasses.replace(tiny.train.mtd, steps=STEPS, save_every=2, sample_every=10, keep_checkpoints=STEPS)
+    # AdamW's first steps follow the sign of gradients that are hardly more than rounding, which differs between products of a
+    # whole batch and of its parts, most with AVX-512: the rate keeps that below what is compared.
+    changes = {"steps": STEPS, "save_every": 2, "sample_every": 10, "keep_checkpoints": STEPS, "lr": 3e-4}
+    mtd = dataclasses.replace(tiny.train.mtd, **changes)
     preset = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, mtd=mtd))
     path.write_text(preset_to_toml(preset), encoding="utf-8")
     return path
