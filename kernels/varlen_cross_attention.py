@@ -87,8 +87,8 @@ def native_is_faster(
     capability: as of `torch.backends.cpu.get_cpu_capability`. Ratios are of one AVX2 core at 2.4 GHz, in fp32.
     """
     if not native_takes(dtype) or capability != "AVX2":
-        # With AVX-512 training is slower at every size (.5 to .9 of PyTorch's speed), inference up to 1.3 times as fast from 32
-        # pictures on (bench_native, one core, fp32). In bf16, where AVX512_BF16 multiplies, not measured.
+        # With AVX-512 (bench_native, two cores) training runs at .6 to 1.1 of PyTorch's speed, one or two small pictures at .7 to
+        # 1, and inference from 32 pictures on at 1.1 to 1.3: less than this rule could tell apart at other sizes.
         return False
     if num_queries < 32:
         return False  # a tile holds 16 queries: 0.5 of PyTorch's speed at 1, 0.8 to 0.95 at 8, 0.95 to 1.2 at 16

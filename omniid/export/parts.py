@@ -78,7 +78,7 @@ class Part:
 
     def graph(self, dtype: torch.dtype) -> Graph:
         """What is exported, its weights in `dtype` from now on."""
-        raise NotImplementedError
+        raise NotImplementedError("a part that is streamed is never a graph as a whole")
 
     def plain(self) -> contextlib.AbstractContextManager:
         """Within it the graph's module runs on operations that export."""

@@ -2,11 +2,14 @@
 
 import torch
 
+from omniid.config import ConfigError
 from omniid.kernels.cpu import multiplies_bf16
 
 
 def runs_on_cpu(device: str) -> bool:
-    """Whether `auto`, `cpu` or `cuda` means the CPU here."""
+    """Whether `auto`, `cpu` or `cuda` means the CPU here. Raises ConfigError for `cuda` where there is no CUDA device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here, or torch is a build without CUDA; train with --device cpu")
     return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
