@@ -222,8 +222,11 @@ class StageConfig:
     cache_latents: bool = False
     """Flow, control and recogniser stages only: latents of all photos and the prompt's embedding are computed once and kept on
     disk; no step runs the autoencoder's encoder or reads target photos. Worth it where photos are seen many times."""
+    cache_photos: bool = False
+    """All stages but t2i: photos and masks are decoded once and kept on disk, 4 bytes a pixel, instead of decoding JPEGs in every
+    step. Worth it where a fast GPU waits for small pictures; a photo with a damaged mask then counts as damaged."""
     cache_folder: str = ""
-    """Where they are kept, for all runs that name it; empty means RUN/cache."""
+    """Where latents and photos are kept, for all runs that name it; empty means RUN/cache."""
     conditioning_dropout: float = 0.0
     """Base and t2i stages: share of captions replaced by the empty prompt; control stage: share of targets whose landmarks are
     kept from the ControlNet. Elsewhere without effect."""

@@ -66,7 +66,8 @@ class FewToManyBatches(torch.utils.data.Dataset):
     of `batch_identities` people, and each process its part of them (`PhotoBudget`). latents: caches by the batch's field that
     they fill, of the photos as they are and mirrored; targets and masks are then not read. Targets are photos that are not
     among the inputs while there are enough, or with `reconstruct_inputs` the inputs. size: of targets in pixels; input_size:
-    of inputs, the same unless given.
+    of inputs, the same unless given. photos_at: caches of decoded photos by their size (`omniid.train.photos`), read instead
+    of the records' JPEGs. shows_inputs: False leaves the input photos empty, (N_in, 3, 0, 0); targets are the same.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class FewToManyBatches(torch.utils.data.Dataset):
         photos: int = 0,
         input_size: int | None = None,
         reconstruct_inputs: bool = False,
+        photos_at: Mapping[int, LatentCache] | None = None,
+        shows_inputs: bool = True,
     ):
         if (photos or batch_identities) % world_size:
             counted = f"{photos} photos" if photos else f"batch_identities {batch_identities}"
@@ -94,7 +97,8 @@ class FewToManyBatches(torch.utils.data.Dataset):
         # Converting a whole row would copy all photos of a person, of which few are shown.
         self.rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
         self.size, self.input_size, self.batch_identities = size, input_size or size, batch_identities
-        self.reconstruct_inputs = reconstruct_inputs
+        self.reconstruct_inputs, self.shows_inputs = reconstruct_inputs, shows_inputs
+        self.photos_at = photos_at or {}
         self.num_inputs, self.num_targets, self.seed, self.steps = num_inputs, num_targets, seed, steps
         self.max_yaw, self.mirror, self.landmarks = max_yaw, mirror, landmarks
         self.rank, self.world_size = rank, world_size
@@ -112,7 +116,8 @@ class FewToManyBatches(torch.utils.data.Dataset):
         count, photo = len(places), (self.size, self.size, 3)
         # Photos are decoded to where they stay: stacking them and moving them between processes took a third of the time.
         most = count * self.num_inputs[1] if sizes is None else sum(sizes)
-        inputs = _empty(most, self.input_size, self.input_size, 3, dtype=torch.uint8)
+        input_size = self.input_size if self.shows_inputs else 0
+        inputs = _empty(most, input_size, input_size, 3, dtype=torch.uint8)
         shown = (0, 0, 3) if self.latents else photo
         targets = _empty(count, self.num_targets, *shown, dtype=torch.uint8)
         masks = _empty(count, self.num_targets, *shown[:2], dtype=torch.bool)
@@ -209,7 +214,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
         if not all(isinstance(caption, str) for caption in captions):
             raise RecordError("captions are no text")
         sample = pictures | {"captions": captions}
-        sample |= self.read(row, inputs, targets, pictures)
+        sample |= self.read(row, number, inputs, targets, pictures)
         cached = {name: ways[is_mirrored].read(number, targets) for name, ways in self.latents.items()}
         if is_mirrored:
             sample = mirrored(sample)
@@ -219,20 +224,39 @@ class FewToManyBatches(torch.utils.data.Dataset):
         return rest | cached | {"num_inputs": len(inputs), "identity_id": row["identity_id"]}
 
     def read(
-        self, row: Mapping, inputs: np.ndarray, targets: np.ndarray, pictures: dict[str, np.ndarray]
+        self, row: Mapping, number: int, inputs: np.ndarray, targets: np.ndarray, pictures: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Fills `pictures`: inputs uint8 (n, input_size, input_size, 3), targets (n, size, size, 3), masks bool, the last
-        two where they are in it; returns the landmarks if asked for."""
-        images, masks, landmarks = row["images"], row["masks"], row["landmarks"]
-        for i, out in zip(inputs, pictures["inputs"], strict=True):
-            decode_image(images[i], self.input_size, out)
+        """Fills `pictures` from row `number`: inputs uint8 (n, input_size, input_size, 3), targets (n, size, size, 3), masks
+        bool, the last two where they are in it; returns the landmarks if asked for."""
+        if self.shows_inputs:
+            self._decode(row, number, inputs, self.input_size, pictures["inputs"])
         if "targets" in pictures:
-            for i, out, mask in zip(targets, pictures["targets"], pictures["masks"], strict=True):
-                decode_image(images[i], self.size, out)
-                mask[:] = decode_mask(masks[i], self.size)
+            self._decode(row, number, targets, self.size, pictures["targets"], pictures["masks"])
         if not self.landmarks:
             return {}
+        images, landmarks = row["images"], row["landmarks"]
         return {"landmarks": np.stack([scaled_landmarks(landmarks[i], images[i], self.size) for i in targets])}
+
+    def _decode(
+        self,
+        row: Mapping,
+        number: int,
+        photos: np.ndarray,
+        size: int,
+        out: np.ndarray,
+        masks: np.ndarray | None = None,
+    ) -> None:
+        if size in self.photos_at:
+            kept = self.photos_at[size].read(number, photos).numpy()  # (n, size, size, 4)
+            out[:] = kept[..., :3]
+            if masks is not None:
+                masks[:] = kept[..., 3]
+            return
+        images, stored = row["images"], row["masks"] if masks is not None else None
+        for place, photo in enumerate(photos):
+            decode_image(images[photo], size, out[place])
+            if masks is not None:
+                masks[place] = decode_mask(stored[photo], size)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -152,7 +152,7 @@ class LatentCache:
             shard, number = divmod(int(photo), PHOTOS_PER_SHARD)
             latents, damaged = self._shard(shard)
             if damaged[number]:
-                raise RecordError("damaged photo, mask or landmarks, found when its latents were computed")
+                raise RecordError("damaged photo, mask or landmarks, found when the cache was made")
             out[place] = latents[number]
         return out
 

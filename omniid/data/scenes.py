@@ -40,7 +40,7 @@ class SceneBatches(FewToManyBatches):
         return inputs, np.resize(order, self.num_targets), rng.random() < self.mirror
 
     def read(
-        self, row: Mapping, inputs: np.ndarray, targets: np.ndarray, pictures: dict[str, np.ndarray]
+        self, row: Mapping, number: int, inputs: np.ndarray, targets: np.ndarray, pictures: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         scenes = {i: Scene.read(row, i) for i in {*inputs.tolist(), *targets.tolist()}}
         for i, out in zip(inputs.tolist(), pictures["inputs"], strict=True):

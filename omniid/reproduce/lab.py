@@ -35,7 +35,7 @@ PRACTICAL = (
         "keep_checkpoints",
         "num_workers",
     ),
-    *("max_bad_records", "cache_latents", "cache_folder"),
+    *("max_bad_records", "cache_latents", "cache_photos", "cache_folder"),
 )
 """Stage settings that change results at most by rounding."""
 FOOTER_BYTES = 1 << 16

@@ -53,6 +53,7 @@ class AutoencoderStage:
     name = "base"
     needs_whole_batch = True  # latents are normalised and crops drawn over the batch
     frozen = ()
+    reads_inputs = False
 
     def __init__(self, preset: Preset):
         from omniid.data.synthetic import CAPTION_WORDS
@@ -145,6 +146,7 @@ class BaseStage:
     name = "base"
     needs_whole_batch = True  # captions are varied over the batch
     frozen = ()
+    reads_inputs = False
 
     def __init__(self, preset: Preset, weights: Path):
         """`weights` holds the folder `base` that `AutoencoderStage` exported; its autoencoder stays frozen."""

@@ -180,7 +180,7 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
 
         def control(latents: Tensor) -> tuple[Tensor, ...]:
             double, single = run_flux(controlnet, latents, time, text, time, controlnet_cond=pack_latents(latents))
-            return *double, *(single or ())
+            return *(double or ()), *(single or ())  # a ControlNet without blocks of a kind gives None for them
 
         samples = meter.measure("controlnet", [controlnet], control, latents)
         num_double = len(controlnet.transformer_blocks)
@@ -188,7 +188,7 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
     def velocity(keys: Tensor, values: Tensor, *samples: Tensor) -> Tensor:
         kv, control = IdentityKV(keys, values).repeat(config.num_targets), {}
         if samples:
-            control["controlnet_block_samples"] = samples[:num_double]
+            control["controlnet_block_samples"] = samples[:num_double] or None
             control["controlnet_single_block_samples"] = samples[num_double:] or None
         with attach_identities(transformer, [IdentityUse(kv)], for_training=True):
             return run_flux(transformer, latents, time, text, time, **control)[0]

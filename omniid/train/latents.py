@@ -87,22 +87,30 @@ def cached_latents(
         for name in names
     }
     jobs = [(name, way, caches[name][way]) for name in names for way in ways]
-    _check_disk(folder, [cache for _, _, cache in jobs], source.num_photos, progress and rank == 0)
+    what = f"the latents of {source.num_photos} photos"
+    check_disk(folder, [cache for _, _, cache in jobs], what, "cache_latents", progress and rank == 0)
     for name, way, cache in jobs:
-        _build(
+        build_shards(
             cache,
             lambda row, photo, name=name, way=way: PICTURES[name](row, photo, size, way),
             encode,
             f"{name}{', mirrored' if way else ''}",
+            "cache_latents",
             rank,
             world_size,
-            progress and rank == 0,
+            progress,
         )
     return caches
 
 
-def _build(cache: LatentCache, picture, encode, title: str, rank: int, world_size: int, progress: bool) -> None:
-    """Makes the missing shards; processes take turns, and those that finish first help the others."""
+def build_shards(
+    cache: LatentCache, picture, encode, title: str, wish: str, rank: int, world_size: int, progress: bool
+) -> None:
+    """Makes the missing shards; processes take turns, and those that finish first help the others.
+
+    picture, encode: as of `LatentCache.build_shard`. title: for the progress bar. wish: the setting that asks for the cache.
+    Raises LatentCacheError where a shard cannot be written.
+    """
     missing = cache.missing()
     if not missing:
         return
@@ -112,19 +120,20 @@ def _build(cache: LatentCache, picture, encode, title: str, rank: int, world_siz
             if time.time() - path.stat().st_mtime > STALE_S:
                 path.unlink()
     mine = missing[rank::world_size]
-    for shard in tqdm([*mine, *missing], desc=title, unit="shard", disable=not progress):
+    for shard in tqdm([*mine, *missing], desc=title, unit="shard", disable=not (progress and rank == 0)):
         if cache.path(shard).exists():
             continue
         try:
             cache.build_shard(shard, picture, encode)
         except (OSError, SafetensorError) as error:
             raise LatentCacheError(
-                f"latents cannot be written to {cache.folder} ({error}); what is there stays usable: "
-                "make room and start again, or leave cache_latents out"
+                f"{title} cannot be written to {cache.folder} ({error}); what is there stays usable: "
+                f"make room and start again, or leave {wish} out"
             ) from error
 
 
-def _check_disk(folder: Path, caches: list[LatentCache], num_photos: int, progress: bool) -> None:
+def check_disk(folder: Path, caches: list[LatentCache], what: str, wish: str, progress: bool) -> None:
+    """Raises LatentCacheError where the missing part of `caches` does not fit; otherwise says how large it is if `progress`."""
     needed = sum(cache.num_bytes(cache.missing()) for cache in caches)
     if needed == 0:
         return
@@ -132,11 +141,11 @@ def _check_disk(folder: Path, caches: list[LatentCache], num_photos: int, progre
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise LatentCacheError(
-            f"the latents of {num_photos} photos take {needed / 1e9:.3g} GB, but {folder} has {free / 1e9:.3g} GB free; "
-            "name a larger disk with cache_folder, or leave cache_latents out"
+            f"{what} take {needed / 1e9:.3g} GB, but {folder} has {free / 1e9:.3g} GB free; "
+            f"name a larger disk with cache_folder, or leave {wish} out"
         )
     if progress:
-        tqdm.write(f"latents of {num_photos} photos: {needed / 1e9:.3g} GB more in {folder}", file=sys.stderr)
+        tqdm.write(f"{what}: {needed / 1e9:.3g} GB more in {folder}", file=sys.stderr)
 
 
 def _fingerprint(vae: torch.nn.Module) -> str:

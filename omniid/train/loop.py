@@ -35,6 +35,7 @@ from omniid.train.hardware import USABLE_MEMORY
 from omniid.train.latents import cached_latents, encode_targets
 from omniid.train.memory import recompute_blocks
 from omniid.train.optimizer import build_optimizer, check_optimizer
+from omniid.train.photos import cached_photos
 from omniid.train.precision import choose_precision, runs_on_cpu
 from omniid.train.schedule import ema_decay, learning_rate
 from omniid.train.sharding import (
@@ -112,6 +113,10 @@ class Trainer:
         self.stage, self.preset, self.config, self.progress = stage, preset, config, progress
         self.run_folder = Path(run_folder)
         on_cpu = runs_on_cpu(device)
+        if not on_cpu:
+            # PyTorch prefers cuDNN's attention on Hopper, whose backward of the mini base's 96 tokens left an H100 in error
+            # (torch 2.11, CUDA 13.0: CUBLAS_STATUS_EXECUTION_FAILED in the product after it). Flash attention works.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         check_optimizer(config, on_cpu)
         check_compile_mode(config, on_cpu)
         precision = choose_precision(config.precision, on_cpu)
@@ -141,6 +146,7 @@ class Trainer:
         self._prepare_folder(resume)
         size = preset.decoder.image_size if stage.name == "mtd" else preset.base.image_size
         latents = self._cached_latents(train_rows, size)
+        photos_at = self._cached_photos(train_rows, size, latents)
         self.train_batches = self._batches(
             train_rows,
             size,
@@ -151,6 +157,7 @@ class Trainer:
             config.mirror,
             latents,
             photos_per_step(config, preset.tower) // config.accumulation,
+            photos_at,
         )
         per_rank = self.accelerator.num_processes
         held_out = min(len(validation_rows), config.batch_identities) // per_rank * per_rank or per_rank
@@ -382,8 +389,22 @@ class Trainer:
             accelerator.process_index, accelerator.num_processes, self.progress,
         )  # fmt: skip
 
+    def _cached_photos(self, rows, size: int, latents: dict) -> dict:
+        """As `_cached_latents`, decoded photos of the sizes that batches show."""
+        if not self.config.cache_photos:
+            return {}
+        accelerator, config = self.accelerator, self.config
+        sizes = ([] if latents else [size]) + ([self.preset.tower.image_size] if self._reads_inputs() else [])
+        return cached_photos(
+            Path(config.cache_folder or self.run_folder / "cache"), rows, sizes, config.num_workers,
+            accelerator.process_index, accelerator.num_processes, self.progress,
+        )  # fmt: skip
+
+    def _reads_inputs(self) -> bool:
+        return getattr(self.stage, "reads_inputs", True)
+
     def _batches(
-        self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0, latents=None, photos=0
+        self, rows, size, num_inputs, batch_identities, seed, steps, mirror=0.0, latents=None, photos=0, photos_at=None
     ) -> FewToManyBatches:
         accelerator = self.accelerator
         scenes = getattr(self.stage, "needs_scenes", False)
@@ -391,7 +412,7 @@ class Trainer:
         return (SceneBatches if scenes else FewToManyBatches)(
             rows, size, batch_identities, num_inputs, self.config.num_targets, seed, steps, self.config.max_yaw, mirror,
             accelerator.process_index, accelerator.num_processes, landmarks, latents, photos,
-            self.preset.tower.image_size, self.config.reconstruct_inputs,
+            self.preset.tower.image_size, self.config.reconstruct_inputs, photos_at, self._reads_inputs(),
         )  # fmt: skip
 
     def _loader(self, start: int):

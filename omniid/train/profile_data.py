@@ -110,7 +110,8 @@ class Profiler(Trainer):
                 self._train_step(micro_batches, stop)
                 self._synchronize()
                 wait_s, compute_s = wait_s + arrived - start, compute_s + time.perf_counter() - arrived
-                num_images += sum(len(one.inputs) + one.targets.shape[:2].numel() for one in micro_batches)
+                for one in micro_batches:
+                    num_images += one.targets.shape[:2].numel() + (len(one.inputs) if one.inputs.numel() else 0)
                 bar.update()
         return DataProfile(
             stage=self.stage.name,
@@ -141,8 +142,8 @@ def profile_stage(
 ) -> DataProfile:
     """Profiles the first part of stage `name`, of `base` without `start_from` its autoencoder; arguments as of `run_stage`.
 
-    run_folder: only looked into for weights of earlier stages. Nothing is written there but, with `cache_latents`, the
-    cache, which the run itself will find.
+    run_folder: only looked into for weights of earlier stages. Nothing is written there but, with `cache_latents` or
+    `cache_photos`, the cache, which the run itself will find.
     """
     settings, _, rows, stages = prepare(name, preset, data, run_folder, weights, start_from, overrides, device)
     stage, _, config = next(stages)

@@ -31,6 +31,7 @@ class RecogniserStage:
     name = "recogniser"
     needs_whole_batch = True  # everybody is compared with everybody
     frozen = ()
+    reads_inputs = False
     cached: tuple[str, ...] = ("latents",)
 
     def __init__(self, preset: Preset, weights: Path, cache: Path | None = None):

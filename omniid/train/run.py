@@ -1,5 +1,6 @@
 """One stage from a preset's name and folders: what `omniid train` calls."""
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -103,6 +104,9 @@ def prepare(
     check_frozen_precision(config.base_precision, own)
     if config.cache_latents and name not in CACHING:
         raise ConfigError(f"cache_latents is for the stages {', '.join(CACHING)}; leave it out of [train.{name}]")
+    if config.cache_photos and name == "t2i":
+        raise ConfigError("cache_photos keeps faces, and stage t2i shows scenes; leave it out of [train.t2i]")
+    config = dataclasses.replace(config, cache_folder=config.cache_folder or str(Path(run_folder) / "cache"))
     weights = Path(weights or Path(run_folder) / "weights")
     rows = open_records(data, "train"), open_records(data, "validation")
     torch.manual_seed(config.seed)
@@ -112,10 +116,8 @@ def prepare(
 
 def _stages(name, settings, weights, run_folder, config, start):
     """Yields (stage, run folder, config); `base` is two stages, the second needs what the first exported."""
-    import dataclasses
-
     if name != "base":
-        more = {"cache": Path(config.cache_folder or run_folder / "cache")} if config.cache_latents else {}
+        more = {"cache": Path(config.cache_folder)} if config.cache_latents else {}
         stage = _stage_class(name)(settings, *(() if name == "mtd" else (weights,)), **more)
         if start is not None:
             stage.load(start)

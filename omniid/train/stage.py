@@ -18,7 +18,8 @@ class Stage(Protocol):
     """All that is trained and checkpointed; frozen helpers of the stage are kept outside it."""
     frozen: Sequence[nn.Module]
     """Large frozen parts that gradients pass through: they run in `base_precision`."""
-    # A stage with `needs_landmarks = True` gets batches with landmarks, one with `needs_scenes = True` those of SceneBatches.
+    # A stage with `needs_landmarks = True` gets batches with landmarks, one with `needs_scenes = True` those of SceneBatches,
+    # one with `reads_inputs = False` none of the input photos.
 
     needs_whole_batch: bool
     """Whether the loss of a batch cannot be put together from those of its parts."""

@@ -210,6 +210,16 @@ def test_control_trains_adapter_and_controlnet_and_freezes_the_encoder(tiny_file
     assert again.step_flops > plan.step_flops and again.memory["full"].total < plan.memory["none"].total
 
 
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_a_controlnet_may_lack_blocks_of_a_kind(tiny_file, kind):
+    parts = {}
+    for count in (0, 1):
+        plan = plan_stage("control", tiny_file, overrides=[f"train.control.control_{kind}_blocks={count}"])
+        parts[count] = {part.name: part for part in plan.parts}["controlnet"]
+    assert 0 < parts[0].parameters < parts[1].parameters
+    assert 0 < parts[0].forward_flops < parts[1].forward_flops
+
+
 def test_t2i_trains_the_adapter_alone_and_pays_for_what_it_is_asked(tiny, recogniser):
     parts = count_costs("t2i", tiny, "fp32", "none")
     assert {part.name for part in parts if part.is_trained} == {"adapter"}
