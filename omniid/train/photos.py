@@ -43,7 +43,8 @@ def cached_photos(
             continue
         # Forked: the rows need not be sent, and nothing that a child does touches the device.
         context = multiprocessing.get_context("fork")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        # One thread each, as in a loader: OpenMP's threads do not survive a fork.
+        with concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
             parts = [pool.submit(_build, cache, part, workers, progress) for part in range(workers)]
             for part in parts:
                 part.result()
