@@ -247,10 +247,10 @@ class FewToManyBatches(torch.utils.data.Dataset):
         masks: np.ndarray | None = None,
     ) -> None:
         if size in self.photos_at:
-            kept = self.photos_at[size].read(number, photos).numpy()  # (n, size, size, 4)
-            out[:] = kept[..., :3]
+            kept, colours = self.photos_at[size].read(number, photos).numpy(), 3 * size * size
+            out[:] = kept[:, :colours].reshape(out.shape)
             if masks is not None:
-                masks[:] = kept[..., 3]
+                masks[:] = kept[:, colours:].reshape(masks.shape)
             return
         images, stored = row["images"], row["masks"] if masks is not None else None
         for place, photo in enumerate(photos):

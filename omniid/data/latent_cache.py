@@ -86,12 +86,12 @@ class LatentSource:
 class LatentCache:
     """The latents of a set's photos, seen one way.
 
-    shape: (C, h, w) of one. describes: what they follow from beside the set, in values that JSON has; two caches of one
+    shape: of one, (C, h, w). describes: what they follow from beside the set, in values that JSON has; two caches of one
     `folder` are the same where these are.
     """
 
     def __init__(
-        self, folder: str | Path, source: LatentSource, shape: tuple[int, int, int], dtype: torch.dtype, describes: dict
+        self, folder: str | Path, source: LatentSource, shape: tuple[int, ...], dtype: torch.dtype, describes: dict
     ):
         self.source, self.shape, self.dtype = source, tuple(shape), dtype
         key = {"version": FORMAT_VERSION, "set": source.fingerprint, "dtype": str(dtype), **describes}
