@@ -67,7 +67,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
     they fill, of the photos as they are and mirrored; targets and masks are then not read. Targets are photos that are not
     among the inputs while there are enough, or with `reconstruct_inputs` the inputs. size: of targets in pixels; input_size:
     of inputs, the same unless given. photos_at: caches of decoded photos by their size (`omniid.train.photos`), read instead
-    of the records' JPEGs. shows_inputs: False leaves the input photos empty, (N_in, 3, 0, 0); targets are the same.
+    of the records' JPEGs. reads_inputs: False leaves the input photos empty, (N_in, 3, 0, 0); targets are the same.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
         input_size: int | None = None,
         reconstruct_inputs: bool = False,
         photos_at: Mapping[int, LatentCache] | None = None,
-        shows_inputs: bool = True,
+        reads_inputs: bool = True,
     ):
         if (photos or batch_identities) % world_size:
             counted = f"{photos} photos" if photos else f"batch_identities {batch_identities}"
@@ -97,7 +97,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
         # Converting a whole row would copy all photos of a person, of which few are shown.
         self.rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
         self.size, self.input_size, self.batch_identities = size, input_size or size, batch_identities
-        self.reconstruct_inputs, self.shows_inputs = reconstruct_inputs, shows_inputs
+        self.reconstruct_inputs, self.reads_inputs = reconstruct_inputs, reads_inputs
         self.photos_at = photos_at or {}
         self.num_inputs, self.num_targets, self.seed, self.steps = num_inputs, num_targets, seed, steps
         self.max_yaw, self.mirror, self.landmarks = max_yaw, mirror, landmarks
@@ -116,7 +116,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
         count, photo = len(places), (self.size, self.size, 3)
         # Photos are decoded to where they stay: stacking them and moving them between processes took a third of the time.
         most = count * self.num_inputs[1] if sizes is None else sum(sizes)
-        input_size = self.input_size if self.shows_inputs else 0
+        input_size = self.input_size if self.reads_inputs else 0
         inputs = _empty(most, input_size, input_size, 3, dtype=torch.uint8)
         shown = (0, 0, 3) if self.latents else photo
         targets = _empty(count, self.num_targets, *shown, dtype=torch.uint8)
@@ -228,7 +228,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
     ) -> dict[str, np.ndarray]:
         """Fills `pictures` from row `number`: inputs uint8 (n, input_size, input_size, 3), targets (n, size, size, 3), masks
         bool, the last two where they are in it; returns the landmarks if asked for."""
-        if self.shows_inputs:
+        if self.reads_inputs:
             self._decode(row, number, inputs, self.input_size, pictures["inputs"])
         if "targets" in pictures:
             self._decode(row, number, targets, self.size, pictures["targets"], pictures["masks"])

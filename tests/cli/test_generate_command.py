@@ -2,39 +2,19 @@
 
 import json
 import shutil
-import types
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
-from omniid.cli.main import main
-from omniid.data.synthetic import template_landmarks
 from omniid.generate.watermark import is_marked
 from omniid.identity import Identity
 from omniid.models.identity_adapter import IdentityAdapter
-from omniid.picture_file import read_details, save_picture
+from omniid.picture_file import read_details
 
 
-@pytest.fixture
-def identity(tmp_path, make_person):
-    make_person(1).save(tmp_path / "id.pt")
-    return tmp_path / "id.pt"
-
-
-@pytest.fixture
-def other(tmp_path, make_person):
-    make_person(2).save(tmp_path / "other.safetensors")
-    return tmp_path / "other.safetensors"
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, ["generate", *map(str, arguments)])
-
-
-def test_writes_a_picture_that_says_how_it_was_made(drawing_weights, identity, tmp_path):
+def test_writes_a_picture_that_says_how_it_was_made(drawing_weights, identity, tmp_path, run):
     path = tmp_path / "out.png"
     result = run(
         "--preset", drawing_weights, "--id", identity, "--prompt", "photo of a person", "-o", path, "--seed", 3
@@ -52,7 +32,7 @@ def test_writes_a_picture_that_says_how_it_was_made(drawing_weights, identity, t
     assert sorted(p.name for p in tmp_path.iterdir()) == ["id.pt", "out.png"]
 
 
-def test_no_metadata_leaves_only_the_mark_of_ai(drawing_weights, tmp_path):
+def test_no_metadata_leaves_only_the_mark_of_ai(drawing_weights, tmp_path, run):
     path = tmp_path / "out.png"
     assert run("--preset", drawing_weights, "--prompt", "photo", "-o", path, "--no-metadata").exit_code == 0
     with Image.open(path) as image:
@@ -60,7 +40,7 @@ def test_no_metadata_leaves_only_the_mark_of_ai(drawing_weights, tmp_path):
         assert "photo" not in image.text["XML:com.adobe.xmp"]
 
 
-def test_several_images_and_json(drawing_weights, identity, tmp_path):
+def test_several_images_and_json(drawing_weights, identity, tmp_path, run):
     arguments = ("--num-images", 2, "--size", "48x32", "--steps", 1, "--id-scale", 0.5, "--json")
     result = run(
         "--preset", drawing_weights, "--id", identity, "--prompt", "photo", "-o", tmp_path / "a.png", *arguments
@@ -117,7 +97,7 @@ def test_several_images_and_json(drawing_weights, identity, tmp_path):
         (["--plan", "--from", "a.png"], "without --from; leave one out"),
     ],
 )
-def test_wrong_usage(arguments, message):
+def test_wrong_usage(arguments, message, run):
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
@@ -142,18 +122,10 @@ def test_wrong_usage(arguments, message):
         ("--runtime", "onnx", "--engine"),
     ],
 )
-def test_an_option_that_would_do_nothing_is_refused(option, value, needed):
+def test_an_option_that_would_do_nothing_is_refused(option, value, needed, run):
     result = run("--prompt", "photo", option, value)
     assert result.exit_code == 2
     assert f"{option} does nothing without {needed}; add that, or leave it out" in result.stderr
-
-
-def test_an_option_may_act_on_what_a_repeated_picture_says(draw, identity, tmp_path):
-    first, _ = draw("--negative", "person", "--region", "left")
-    options = ("--negative-scale", 4, "--region-softness", 1)
-    result = run("--from", tmp_path / "drawn.png", "--id", identity, "-o", tmp_path / "again.png", *options)
-    assert result.exit_code == 0, result.output
-    assert (drawn(tmp_path / "again.png") != first).any()
 
 
 @pytest.mark.parametrize(
@@ -163,14 +135,14 @@ def test_an_option_may_act_on_what_a_repeated_picture_says(draw, identity, tmp_p
         (("--id-scale", "1,0.5,0"), "3 strengths are more than the 2 steps: some are not used"),
     ],
 )
-def test_strengths_that_no_step_uses_are_said(drawing_weights, identity, tmp_path, options, words):
+def test_strengths_that_no_step_uses_are_said(drawing_weights, identity, tmp_path, options, words, run):
     result = run(
         "--preset", drawing_weights, "--id", identity, "--prompt", "photo", "-o", tmp_path / "out.png", *options
     )
     assert result.exit_code == 0 and words in result.stderr
 
 
-def test_steps_of_a_picture_to_start_from_are_those_that_run(drawing_weights, identity, tmp_path):
+def test_steps_of_a_picture_to_start_from_are_those_that_run(drawing_weights, identity, tmp_path, run):
     Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "start.png")
     result = run(
         *("--preset", drawing_weights, "--id", identity, "--prompt", "photo", "-o", tmp_path / "out.png"),
@@ -179,7 +151,7 @@ def test_steps_of_a_picture_to_start_from_are_those_that_run(drawing_weights, id
     assert result.exit_code == 0 and "none of the 1 steps lies in 0.5 to 1" in result.stderr
 
 
-def test_guidance_of_a_base_that_takes_none_is_said(drawing_weights, tmp_path):
+def test_guidance_of_a_base_that_takes_none_is_said(drawing_weights, tmp_path, run):
     folder = tmp_path / "weights"
     shutil.copytree(drawing_weights, folder)
     config = folder / "base" / "transformer" / "config.json"
@@ -189,7 +161,7 @@ def test_guidance_of_a_base_that_takes_none_is_said(drawing_weights, tmp_path):
     assert "guidance" not in run(*common).stderr
 
 
-def test_missing_identity_weights_and_other_encoders_are_one_sentence(drawing_weights, make_person, tmp_path):
+def test_missing_identity_weights_and_other_encoders_are_one_sentence(drawing_weights, make_person, tmp_path, run):
     other = tmp_path / "other.pt"
     make_person(1, encoder="e" * 64).save(other)
     photo = tmp_path / "photo.jpg"
@@ -217,85 +189,6 @@ def test_missing_identity_weights_and_other_encoders_are_one_sentence(drawing_we
         assert message in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt", "photo.jpg"]
-
-
-def test_pose_and_landmarks_go_to_the_controlnet(controlled_weights, identity, tmp_path):
-    points = template_landmarks(10, 0, 0, size=64).tolist()
-    (tmp_path / "face.json").write_text(json.dumps({"width": 64, "height": 64, "points": points}))
-    common = (
-        "--id",
-        identity,
-        "--prompt",
-        "photo",
-        "--preset",
-        controlled_weights,
-        "-o",
-        tmp_path / "out.png",
-        "--json",
-    )
-    for option in (("--pose", "20,-5,0"), ("--landmarks", tmp_path / "face.json")):
-        result = run(*common, *option)
-        assert result.exit_code == 0, result.output
-        assert json.loads(result.stdout)[0]["landmark_scale"] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "words"),
-    [
-        (("--pose", "20,5"), 2, "'20,5' is no pose; write three angles in degrees, like 20,-5,0"),
-        (("--pose", "0,0,0", "--landmarks", "face.json"), 2, "give one of them"),
-        (("--pose", "0,0,0"), 1, "hold no landmark ControlNet"),
-        (("--landmarks", "photo.jpg"), 1, "hold no landmark ControlNet"),
-    ],
-)
-def test_poses_and_landmarks_that_cannot_be(drawing_weights, identity, tmp_path, options, code, words):
-    result = run(
-        "--id", identity, "--prompt", "photo", "--preset", drawing_weights, "-o", tmp_path / "out.png", *options
-    )
-    assert result.exit_code == code
-    assert words in " ".join(result.output.split())
-
-
-def test_a_pose_beyond_the_template_is_refused(controlled_weights, tmp_path):
-    common = ("--prompt", "photo", "--preset", controlled_weights, "-o", tmp_path / "out.png")
-    result = run(*common, "--pose", "80,0,0")
-    assert result.exit_code == 1
-    assert "no template for the pose 80,0,0: yaw is 80.0 degrees, expected -60 to 60" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "landmarks cannot be read from"),
-        ([1, 2], "landmarks cannot be read from"),
-        ({"width": 64, "height": 64, "points": [[0, 0]] * 5}, "got (5, 2)"),
-        ({"width": 64, "points": [[0, 0]] * 66}, "it lacks 'height'"),
-    ],
-)
-def test_landmark_files_that_cannot_be(controlled_weights, tmp_path, content, words):
-    path = tmp_path / "face.json"
-    if content is not None:
-        path.write_text(json.dumps(content))
-    result = run("--prompt", "photo", "--preset", controlled_weights, "-o", tmp_path / "out.png", "--landmarks", path)
-    assert result.exit_code == 1 and words in result.stderr and not (tmp_path / "out.png").exists()
-
-
-def drawn(path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image).astype(int)
-
-
-@pytest.fixture
-def draw(drawing_weights, identity, tmp_path):
-    """Draws with the given options; pixels and metadata."""
-
-    def draw(*options, weights=drawing_weights):
-        path = tmp_path / "drawn.png"
-        result = run("--preset", weights, "--id", identity, "--prompt", "photo", "-o", path, *options)
-        assert result.exit_code == 0, result.output
-        return drawn(path), read_details(path)
-
-    return draw
 
 
 def test_strength_follows_schedules_and_blocks(draw):
@@ -330,7 +223,7 @@ def test_negative_prompt_and_negative_identity(draw, other):
     assert (draw("--negative", "person", "--negative-scale", 4)[0] != draw("--negative", "person")[0]).any()
 
 
-def test_pictures_to_start_from(draw, drawing_weights, tmp_path):
+def test_pictures_to_start_from(draw, drawing_weights, tmp_path, run):
     start = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
     start.save(tmp_path / "start.png")
     Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
@@ -351,7 +244,7 @@ def test_pictures_to_start_from(draw, drawing_weights, tmp_path):
     assert details["image"] == "start.png"
 
 
-def test_parts_can_be_named_and_are_recorded(draw, drawing_weights, lora_file, tmp_path):
+def test_parts_can_be_named_and_are_recorded(draw, drawing_weights, lora_file, tmp_path, run):
     plain, _ = draw()
     parts = ("--base", drawing_weights / "base", "--adapter", drawing_weights / "adapter.safetensors")
     same, details = draw(*parts)
@@ -369,106 +262,6 @@ def test_parts_can_be_named_and_are_recorded(draw, drawing_weights, lora_file, t
     assert result.exit_code == 1 and "none of its weights is for a part of this base" in result.stderr
     assert (draw(weights=drawing_weights / "preset.toml")[0] == plain).all()
     assert draw("--precision", "fp32", "--offload", "none")[1]["precision"] == "fp32"
-
-
-def test_a_picture_is_repeated_from_its_metadata(draw, drawing_weights, identity, other, tmp_path):
-    first, details = draw(
-        "--seed", 5, "--id-scale", "1,0.5", "--id-end", 0.9, "--negative", "person", "--size", "48x32"
-    )
-    again = ("--from", tmp_path / "drawn.png", "-o", tmp_path / "again.png")
-    result = run(*again, "--id", identity)
-    assert result.exit_code == 0, result.output
-    assert (drawn(tmp_path / "again.png") == first).all() and read_details(tmp_path / "again.png") == details
-    assert run(*again, "--id", identity, "--seed", 6).exit_code == 0
-    changed = read_details(tmp_path / "again.png")
-    assert changed.pop("seed") == 6 and changed == {name: value for name, value in details.items() if name != "seed"}
-    result = run(*again, "--id", other)
-    assert result.exit_code == 0 and f"takes the place of {details['identities'][0][:12]}" in result.stderr
-    result = run(*again)
-    assert (
-        result.exit_code == 1
-        and "made with 1 identities" in result.stderr
-        and "name as many with --id" in result.stderr
-    )
-
-
-@pytest.mark.parametrize(
-    ("details", "code", "words"),
-    [
-        ({}, 1, "hold no prompt; give one with --prompt"),
-        ({"prompt": "photo", "width": "wide"}, 1, "width cannot be 'wide'"),
-        ({"prompt": "photo", "id_scale": 1}, 1, "id_scale cannot be '1'"),
-        ({"prompt": "photo", "landmarks": [[1, 2, 3]]}, 1, "landmarks cannot be"),
-        ({"prompt": "photo", "preset": "nowhere"}, 1, "no trained weights for 'nowhere'"),
-        ({"prompt": "photo", "base": "somebody/else"}, 2, "--base somebody/else, which is not here; name it again"),
-        ({"prompt": "photo", "loras": [["somebody/style", 1.0]]}, 2, "--lora somebody/style, which is not here"),
-        ({"prompt": "photo", "identities": ["a" * 64]}, 1, "made with 1 identities (aaaaaaaaaaaa)"),
-        ({"prompt": "photo", "image": "start.png"}, 1, "made with --image start.png, which is not in it"),
-        ({"prompt": "photo", "grid": ["seed=1,2"]}, 1, "a grid is not repeated"),
-        ({"prompt": "photo", "regions": ["mask.png"]}, 2, "made with --region mask.png, which is not in it; name it"),
-        ({"prompt": "photo", "identities": 5}, 1, "identities cannot be '5'"),
-        ({"prompt": "photo", "identities": [5]}, 1, "identities cannot be '(5,)'"),
-        ({"prompt": "photo", "negative_identity": 5}, 1, "negative_identity cannot be '5'"),
-        ({"prompt": "photo", "image": 5}, 1, "image cannot be '5'"),
-        ({"prompt": "photo", "loras": 5}, 1, "loras cannot be '5'"),
-        ({"prompt": "photo", "loras": [["style.safetensors"]]}, 1, "loras cannot be"),
-        ({"prompt": "photo", "preset": 5}, 1, "preset cannot be '5'"),
-        ({"prompt": "photo", "regions": 5}, 1, "regions cannot be '5'"),
-    ],
-)
-def test_metadata_of_anyone_cannot_do_harm(tmp_path, details, code, words):
-    save_picture(Image.new("RGB", (32, 32)), tmp_path / "sent.png", details)
-    result = run("--from", tmp_path / "sent.png", "-o", tmp_path / "out.png")
-    assert result.exit_code == code and words in " ".join(result.output.split()), result.output
-
-
-def test_landmarks_and_poses_are_repeated(draw, controlled_weights, identity, tmp_path):
-    points = template_landmarks(10, 0, 0, size=64)
-    (tmp_path / "face.json").write_text(json.dumps({"width": 64, "height": 64, "points": points.tolist()}))
-    for options in (("--pose", "20,-5,0"), ("--landmarks", tmp_path / "face.json", "--landmark-scale", 0.8)):
-        first, _ = draw(*options, weights=controlled_weights)
-        result = run("--from", tmp_path / "drawn.png", "--id", identity, "-o", tmp_path / "again.png")
-        assert result.exit_code == 0, result.output
-        assert (drawn(tmp_path / "again.png") == first).all()
-
-
-def test_seed_steps_and_strength_of_landmarks_change_the_picture(draw, controlled_weights):
-    def draw_with(*options):
-        return draw("--pose", "20,-5,0", *options, weights=controlled_weights)
-
-    plain, details = draw_with()
-    assert details["num_inference_steps"] == 2 and details["landmark_scale"] == 1
-    for options in (("--seed", 1), ("--steps", 3), ("--landmark-scale", 0.5), ("--pose", "-20,0,0")):
-        assert (draw_with(*options)[0] != plain).any(), options
-    assert (draw_with("--landmark-scale", 0)[0] == draw(weights=controlled_weights)[0]).all()
-
-
-def test_landmarks_of_a_photo_come_from_the_face_backend(draw, controlled_weights, tmp_path, monkeypatch):
-    class Backend:
-        def find(self, path):
-            return types.SimpleNamespace(landmarks=self.points, image=Image.open(path))
-
-    backend = Backend()
-    monkeypatch.setattr("omniid.faces.analyzer", {"fake": backend}.__getitem__)
-    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
-    backend.points = template_landmarks(10, 0, 0, size=64)
-    options = ("--landmarks", tmp_path / "photo.png", "--faces", "fake")
-    from_photo, _ = draw(*options, weights=controlled_weights)
-    (tmp_path / "face.json").write_text(json.dumps({"width": 64, "height": 64, "points": backend.points.tolist()}))
-    assert (from_photo == draw("--landmarks", tmp_path / "face.json", weights=controlled_weights)[0]).all()
-    backend.points = None
-    result = run("--preset", controlled_weights, "--prompt", "photo", *options, "-o", tmp_path / "out.png")
-    assert result.exit_code == 1 and "'fake' finds no 66 landmarks" in result.stderr
-
-
-def test_another_controlnet_than_the_one_beside_the_weights(draw, drawing_weights, controlled_weights):
-    options = ("--controlnet", controlled_weights / "controlnet", "--pose", "0,0,0")
-    assert (draw(*options)[0] == draw("--pose", "0,0,0", weights=controlled_weights)[0]).all()
-    result = run("--preset", drawing_weights, "--prompt", "photo", "--controlnet", "nowhere", "--pose", "0,0,0")
-    assert result.exit_code == 1 and "no landmark ControlNet at nowhere" in result.stderr
-    transformer = drawing_weights / "base" / "transformer"
-    result = run("--preset", drawing_weights, "--prompt", "photo", "--controlnet", transformer, "--pose", "0,0,0")
-    assert result.exit_code == 1 and "holds a FluxTransformer2DModel, not a FluxControlNetModel" in result.stderr
 
 
 @pytest.mark.parametrize("axes", [("seed=0,1,2",), ("scale=0,1", "seed=3,4"), ("id", "guidance=1,2"), ("steps=1,2",)])
@@ -491,7 +284,7 @@ def test_grids_are_labelled_sheets(draw, other, axes):
         (("steps=0,5",), "steps takes numbers of at least 1"),
     ],
 )
-def test_grids_that_cannot_be(drawing_weights, identity, tmp_path, axes, words):
+def test_grids_that_cannot_be(drawing_weights, identity, tmp_path, axes, words, run):
     options = [word for axis in axes for word in ("--grid", axis)]
     result = run("--preset", drawing_weights, "--id", identity, "--prompt", "p", "-o", tmp_path / "out.png", *options)
     assert result.exit_code == 1 and words in result.stderr and not (tmp_path / "out.png").exists()
@@ -511,7 +304,7 @@ def test_the_watermark_survives_the_file_and_can_be_left_out(draw, tmp_path):
         assert details["watermark"] and is_marked(image)
 
 
-def test_small_pictures_are_said_to_have_no_watermark(drawing_weights, tmp_path):
+def test_small_pictures_are_said_to_have_no_watermark(drawing_weights, tmp_path, run):
     result = run("--preset", drawing_weights, "--prompt", "photo", "-o", tmp_path / "out.png")
     assert result.exit_code == 0 and "no invisible watermark: " in result.stderr
     assert read_details(tmp_path / "out.png")["watermark"] is False
@@ -536,13 +329,13 @@ def test_small_pictures_are_said_to_have_no_watermark(drawing_weights, tmp_path)
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refusals of a machine without a GPU")
-def test_what_this_machine_or_folder_lacks_is_one_sentence(drawing_weights, identity, tmp_path, options, words):
+def test_what_this_machine_or_folder_lacks_is_one_sentence(drawing_weights, identity, tmp_path, options, words, run):
     result = run("--preset", drawing_weights, "--id", identity, "--prompt", "p", "-o", tmp_path / "out.png", *options)
     assert result.exit_code == 1 and words in result.stderr, result.output
     assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "out.png").exists()
 
 
-def test_bf16_runs_on_a_cpu_too_and_is_repeated(draw, identity, tmp_path):
+def test_bf16_runs_on_a_cpu_too_and_is_repeated(draw, identity, tmp_path, run, drawn):
     first, details = draw("--precision", "bf16")
     assert details["precision"] == "bf16"
     again = ("--from", tmp_path / "drawn.png", "--id", identity, "-o", tmp_path / "again.png")
@@ -566,7 +359,7 @@ def test_a_compiled_base_draws_the_same(draw):
     torch.compiler.reset()
 
 
-def test_memory_that_ends_is_one_sentence(drawing_weights, tmp_path, monkeypatch):
+def test_memory_that_ends_is_one_sentence(drawing_weights, tmp_path, monkeypatch, run):
     from diffusers import FluxTransformer2DModel
 
     def fail(self, *args, **kwargs):
@@ -581,15 +374,7 @@ def test_memory_that_ends_is_one_sentence(drawing_weights, tmp_path, monkeypatch
     )
 
 
-def test_pictures_without_metadata_cannot_be_repeated(drawing_weights, tmp_path):
-    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
-    (tmp_path / "text.png").write_text("no picture")
-    for name, words in (("photo.png", "does not say how it was made"), ("text.png", "cannot be read as a picture")):
-        result = run("--from", tmp_path / name, "-o", tmp_path / "out.png")
-        assert result.exit_code == 1 and words in result.stderr
-
-
-def test_the_plan_of_a_base_is_told_without_drawing(drawing_weights, controlled_weights):
+def test_the_plan_of_a_base_is_told_without_drawing(drawing_weights, controlled_weights, run):
     result = run("--plan", "--preset", drawing_weights)
     assert result.exit_code == 0, result.output
     assert "one picture of 32x32 with one identity" in result.stdout

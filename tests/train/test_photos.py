@@ -85,8 +85,8 @@ def test_damaged_photos_are_damaged_in_the_cache_too(records, tmp_path):
 def test_targets_do_not_depend_on_whether_inputs_are_read(records):
     rows = open_records(records, "train")
 
-    def batch(shows_inputs):
-        return FewToManyBatches(rows, 16, 4, (1, 3), 2, seed=0, steps=1, mirror=0.5, shows_inputs=shows_inputs)[0]
+    def batch(reads_inputs):
+        return FewToManyBatches(rows, 16, 4, (1, 3), 2, seed=0, steps=1, mirror=0.5, reads_inputs=reads_inputs)[0]
 
     shown, hidden = batch(True), batch(False)
     assert hidden.inputs.shape == (len(shown.inputs), 3, 0, 0)
