@@ -71,14 +71,12 @@ class Part:
     judged = ""
     runner: Runner | None = None
     """That has the exported file open, where one has; else it is opened in onnxruntime on the CPU."""
+    graph: Callable[[torch.dtype], Graph]
+    """What is exported, its weights in the dtype from now on. A streamed part, which exports itself, has none."""
 
     def __init__(self, request: Request, say: Say):
         self.request, self.say, self.preset = request, say, _preset(request)
         torch.manual_seed(0)
-
-    def graph(self, dtype: torch.dtype) -> Graph:
-        """What is exported, its weights in `dtype` from now on."""
-        raise NotImplementedError("a part that is streamed is never a graph as a whole")
 
     def plain(self) -> contextlib.AbstractContextManager:
         """Within it the graph's module runs on operations that export."""

@@ -270,8 +270,8 @@ def plan_text(plan: Plan) -> str:
         lines.append(f"this does not fit; it would with {way}")
     lines += [
         "",
-        f"{plan.step_flops / 1e12:.0f} TFLOP a step at {plan.efficiency:.0%} of {MATMUL_SHARE:.0%} of the data sheet: "
-        f"{plan.step_s:.2f} s, {plan.identities_per_step / plan.step_s:.0f} identities/s, "
+        f"{plan.step_flops / 1e12:.1f} TFLOP a step at {plan.efficiency:.0%} of {MATMUL_SHARE:.0%} of the data sheet: "
+        f"{plan.step_s:.3g} s, {plan.identities_per_step / plan.step_s:.0f} identities/s, "
         f"{plan.images_per_s:.0f} images/s from the loader",
         f"{plan.steps} steps: {plan.hours:.1f} h, {plan.gpu_hours:.1f} GPU-hours"
         + ("" if plan.cost is None else f", {plan.cost:.0f} at {plan.price_per_gpu_hour:g} per GPU-hour"),
