@@ -230,6 +230,9 @@ class StageConfig:
     conditioning_dropout: float = 0.0
     """Base and t2i stages: share of captions replaced by the empty prompt; control stage: share of targets whose landmarks are
     kept from the ControlNet. Elsewhere without effect."""
+    identity_share: float = 0.0
+    """Base stage only: share of pictures that are also told who they show, by the code of stage `mtd` through an identity adapter
+    that learns along. Not the paper's, whose base is large enough to be steered as it is; 0 leaves identities out."""
     control_double_blocks: int = 4
     control_single_blocks: int = 10
     """Control stage only: blocks of the landmark ControlNet. Not stated in the paper; diffusers' defaults for FLUX."""
@@ -288,6 +291,7 @@ class StageConfig:
             "optimizer adamw_8bit does not spread its state over processes; use it with sharding none",
         )
         _require(self.timestep_shift > 0, f"timestep_shift must be above 0, got {self.timestep_shift}")
+        _require(0 <= self.identity_share <= 1, f"identity_share must lie in 0..1, got {self.identity_share}")
         _require(
             self.identity_loss_weight == 0 or self.recogniser != "",
             "identity_loss_weight needs a recogniser: the file that omniid train recogniser made, or one of torch.export.save",

@@ -16,8 +16,9 @@ from omniid.config import ConfigError, Preset
 from omniid.data.few_to_many import Batch
 from omniid.models.dct_encoder import set_dct_encoder
 from omniid.models.flux import decode_latents, drop_origin, embed_text, encode_images, load_base, predict_velocity
-from omniid.models.identity_adapter import attach_identities
+from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, IdentityUse, attach_identities
 from omniid.models.mini_base import build_base, copy_case
+from omniid.train.flow import encoder_from, load_adapter
 from omniid.train.flow_matching import draw_noise, flow_matching_loss
 
 CROP_SIZE = 64
@@ -141,15 +142,20 @@ class StandardLatents(nn.Module):
 
 
 class BaseStage:
-    """Second part of stage `base`: the transformer and both text encoders learn flow matching with captions."""
+    """Second part of stage `base`: the transformer and both text encoders learn flow matching with captions.
+
+    With `identity_share` a share of pictures is told who they show, too: so small a base has no room to learn people that it
+    is never asked for, and an adapter can only steer what is there. Captions alone stay what they were without an adapter.
+    """
 
     name = "base"
     needs_whole_batch = True  # captions are varied over the batch
     frozen = ()
-    reads_inputs = False
 
     def __init__(self, preset: Preset, weights: Path):
-        """`weights` holds the folder `base` that `AutoencoderStage` exported; its autoencoder stays frozen."""
+        """`weights` holds the folder `base` that `AutoencoderStage` exported; its autoencoder stays frozen. With
+        `identity_share` it also holds the encoder that stage `mtd` exported, which stays frozen, and perhaps an adapter, with
+        which learning goes on. Raises OmniIDError where the encoder is missing."""
         self.preset, self.config = preset, preset.train.base
         self.pipeline = load_base(weights / "base")
         self.vae = self.pipeline.vae.requires_grad_(False).to(memory_format=torch.channels_last)
@@ -160,6 +166,13 @@ class BaseStage:
                 "text_encoder_2": self.pipeline.text_encoder_2,
             }
         )
+        self.reads_inputs = self.config.identity_share > 0
+        if self.reads_inputs:
+            self.encoder = encoder_from(preset, weights).requires_grad_(False).eval()
+            self.adapter = IdentityAdapter.for_transformer(self.pipeline.transformer, preset.encoder.width)
+            if (weights / "adapter.safetensors").is_file():
+                load_adapter(self.adapter, weights, self.pipeline.transformer)
+            self.model["adapter"] = self.adapter
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
         generator = generators[0]
@@ -172,14 +185,24 @@ class BaseStage:
             latents = encode_images(self.vae.to(images.device), images)
         time, noise = draw_noise(latents, self.config.timestep_sampling, [generator], self.config.timestep_shift)
         text = embed_text(self.pipeline, captions, self.preset.base.max_sequence_length)
+        identities = self._identities(batch, generator) if self.reads_inputs else []
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
             return predict_velocity(self.model["transformer"], noisy, time, text, guidance)
 
-        # No identities: attached for its attention, whose backward is fast on a CPU.
-        with attach_identities(self.model["transformer"], [], for_training=True):
+        # Without identities, too: attached for its attention, whose backward is fast on a CPU.
+        with attach_identities(self.model["transformer"], identities, for_training=True):
             error = flow_matching_loss(velocity, latents, time, noise)
         return error.mean(), {}
+
+    def _identities(self, batch: Batch, generator: torch.Generator) -> list[IdentityUse]:
+        """Who the B * T targets show; what is not told of has values of zero, which add nothing."""
+        with torch.no_grad():
+            codes = self.encoder.to(batch.inputs.device)(batch.inputs, batch.cu_inputs)
+        kv = self.adapter.project(codes).repeat(batch.targets.shape[1])
+        is_told = torch.rand(kv.values.shape[1], generator=generator) < self.config.identity_share
+        told = is_told.to(kv.values).view(1, -1, 1, 1, 1)
+        return [IdentityUse(IdentityKV(kv.keys, kv.values * told))]
 
     def weight(self, batch: Batch) -> float:
         return 1.0
@@ -204,6 +227,9 @@ class BaseStage:
 
     def export(self, folder: Path) -> None:
         save_base(self.pipeline, folder / "base")
+        if self.reads_inputs:
+            self.adapter.encoder_fingerprint = self.encoder.fingerprint()
+            self.adapter.save(folder / "adapter.safetensors")
 
 
 def save_base(pipeline, folder: Path, dtype: torch.dtype = torch.bfloat16, **replaced: nn.Module) -> None:

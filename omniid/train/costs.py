@@ -85,13 +85,13 @@ def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list
     # One identity for each number of photos that may be drawn: their mean is the mean of the drawing.
     counts = range(config.num_inputs[0], config.num_inputs[1] + 1)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    if stage == "base":
-        meter = _Meter(1, dtype, memory)
-        _measure_base_stage(meter, preset)
-        return meter.parts
     if stage == "recogniser":
         meter = _Meter(1, dtype, memory)
         _measure_recogniser_stage(meter, preset)
+        return meter.parts
+    if stage == "base" and config.identity_share == 0:
+        meter = _Meter(1, dtype, memory)
+        _measure_base_stage(meter, preset)
         return meter.parts
     meter = _Meter(len(counts), dtype, memory)
     with torch.device("meta"):
@@ -100,12 +100,15 @@ def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list
     if stage == "control" or (stage == "flow" and config.encoder_lr_scale == 0):
         encoder.freeze_representation()
     else:
-        encoder.requires_grad_(stage != "t2i" and config.encoder_lr_scale > 0)
+        encoder.requires_grad_(stage not in ("base", "t2i") and config.encoder_lr_scale > 0)
     bounds = torch.tensor([0, *counts]).cumsum(0).int()
     parts = dict(encoder.named_children())
     tower = meter.measure("tower", [parts.pop("tower")] if "tower" in parts else [], encoder.photo_tokens, images)
     rest = [*parts.values(), nn.ParameterList(encoder.parameters(recurse=False))]
     codes = meter.measure("encoder", rest, lambda tokens: encoder.combine(tokens, bounds), *tower)
+    if stage == "base":
+        _measure_base_stage(meter, preset, *codes)
+        return meter.parts
     if stage == "mtd":
         _measure_decoder(meter, preset, *codes)
     else:
@@ -171,11 +174,7 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
     if stage == "t2i":
         text = _measure_text(meter, preset.base, num_images)
 
-    def project(codes: Tensor) -> tuple[Tensor, Tensor]:
-        kv = adapter.project(codes)
-        return kv.keys, kv.values
-
-    kv, samples, num_double = meter.measure("adapter", [adapter], project, codes), (), 0
+    kv, samples, num_double = _measure_adapter(meter, adapter, codes), (), 0
     if with_control:
 
         def control(latents: Tensor) -> tuple[Tensor, ...]:
@@ -239,27 +238,42 @@ def _measure_text(meter: "_Meter", base: BaseConfig, num_images: int) -> TextEmb
     return TextEmbedding(tokens, pooled)
 
 
-def _measure_base_stage(meter: "_Meter", preset: Preset) -> None:
-    """Stage `base` after its autoencoder: transformer and text encoders train, as `BaseStage` runs them."""
+def _measure_base_stage(meter: "_Meter", preset: Preset, codes: Tensor | None = None) -> None:
+    """Stage `base` after its autoencoder: transformer and text encoders train, as `BaseStage` runs them, and with codes of
+    identities an adapter."""
     from omniid.data.synthetic import CAPTION_WORDS
     from omniid.models.mini_base import build_base
 
     require_sizes(preset)
-    num_images, length = preset.train.base.num_targets, preset.base.max_sequence_length
+    num_targets, length = preset.train.base.num_targets, preset.base.max_sequence_length
+    num_images = num_targets * (1 if codes is None else len(codes))
     with torch.device("meta"):
         pipeline = build_base(preset.base.sizes, length, CAPTION_WORDS, seed=0)
         ids = torch.empty(num_images, length, dtype=torch.int64)
         time = torch.empty(num_images)
+        adapter = IdentityAdapter.for_transformer(pipeline.transformer, preset.encoder.width)
     transformer, clip, t5 = pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2
     vae = pipeline.vae.requires_grad_(False)
     latents = _measure_autoencoder(meter, vae, num_images, preset.base.image_size)
     text = meter.measure("text", [clip, t5], lambda ids: (t5(ids)[0], clip(ids).pooler_output), ids)
+    kv = () if codes is None else _measure_adapter(meter, adapter, codes)
 
-    def velocity(tokens: Tensor, pooled: Tensor) -> Tensor:
-        with attach_identities(transformer, [], for_training=True):
+    def velocity(tokens: Tensor, pooled: Tensor, *kv: Tensor) -> Tensor:
+        uses = [IdentityUse(IdentityKV(*kv).repeat(num_targets))] if kv else []
+        with attach_identities(transformer, uses, for_training=True):
             return run_flux(transformer, latents, time, TextEmbedding(tokens, pooled), time)[0]
 
-    _measure_by_depth(meter, transformer, velocity, *text)
+    _measure_by_depth(meter, transformer, velocity, *text, *kv)
+
+
+def _measure_adapter(meter: "_Meter", adapter: IdentityAdapter, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of codes (B, L, C) for all blocks."""
+
+    def project(codes: Tensor) -> tuple[Tensor, Tensor]:
+        kv = adapter.project(codes)
+        return kv.keys, kv.values
+
+    return meter.measure("adapter", [adapter], project, codes)
 
 
 def _measure_autoencoder(meter: "_Meter", vae: nn.Module, num_images: int, size: int) -> Tensor:

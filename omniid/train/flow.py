@@ -48,7 +48,7 @@ class FlowStage:
         """`weights` holds the encoder that stage `mtd` exported, and the base if the preset says "embedded". `cache`: a
         folder that keeps the prompt's embedding and the latents of photos; None computes them anew."""
         self.preset, self.config, self.cache = preset, config or preset.train.flow, cache
-        self.encoder = _encoder_from(preset, weights)
+        self.encoder = encoder_from(preset, weights)
         if self.config.encoder_lr_scale == 0:
             self.encoder.freeze_representation()
         self.pipeline, self.text = self._load_base(
@@ -74,9 +74,7 @@ class FlowStage:
         self._load_adapter(folder)
 
     def _load_adapter(self, folder: Path) -> None:
-        trained = IdentityAdapter.load(folder / "adapter.safetensors")
-        trained.check_base(self.transformer)
-        self.adapter.load_state_dict(trained.state_dict())
+        load_adapter(self.adapter, folder, self.transformer)
 
     def _keep_encoder(self, weights: Path) -> None:
         """For later stages: the encoder is fixed, and the adapter goes on from the one in `weights` where there is one."""
@@ -214,7 +212,7 @@ class FlowStage:
     def export(self, folder: Path) -> None:
         self.encoder.save(folder / "encoder.safetensors")
         # The file is rounded to bf16; identities will carry the fingerprint of what is read from it.
-        self._export_adapter(folder, _encoder_from(self.preset, folder))
+        self._export_adapter(folder, encoder_from(self.preset, folder))
 
     def _export_adapter(self, folder: Path, encoder: IdentityEncoder) -> None:
         """Writes the adapter as one that reads the codes of `encoder`."""
@@ -245,7 +243,15 @@ class FlowStage:
         self.text = self.text.to(device)
 
 
-def _encoder_from(preset: Preset, folder: Path) -> IdentityEncoder:
+def load_adapter(adapter: IdentityAdapter, folder: Path, transformer: nn.Module) -> None:
+    """Fills an adapter of `transformer` from a weights folder. Raises AdapterError where that has none, or of another base."""
+    trained = IdentityAdapter.load(folder / "adapter.safetensors")
+    trained.check_base(transformer)
+    adapter.load_state_dict(trained.state_dict())
+
+
+def encoder_from(preset: Preset, folder: Path) -> IdentityEncoder:
+    """The preset's encoder with the weights of a folder. Raises OmniIDError where these are missing or do not fit."""
     encoder = encoder_class(preset.encoder.kind)(preset.tower, preset.encoder, preset.name)
     load_weights(encoder, folder / "encoder.safetensors")
     return encoder

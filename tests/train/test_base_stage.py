@@ -1,5 +1,7 @@
 """Stage `base`: the autoencoder and the transformer learn, and the folder between them is a FLUX pipeline."""
 
+import dataclasses
+import shutil
 import signal
 
 import pytest
@@ -8,7 +10,10 @@ import torch
 from omniid.config import ConfigError, load_preset, preset_to_toml
 from omniid.data.few_to_many import FewToManyBatches
 from omniid.data.records import open_records
+from omniid.errors import OmniIDError
+from omniid.models.encoder import load_encoder
 from omniid.models.flux import encode_images, load_base
+from omniid.models.identity_adapter import IdentityAdapter
 from omniid.train.base import AutoencoderStage, BaseStage, random_crops, shortened, vary_captions
 from omniid.train.run import run_stage
 
@@ -69,6 +74,54 @@ def test_the_transformer_and_both_text_encoders_learn(tiny, trained_autoencoder,
     stage.export(tmp_path)
     exported = load_base(tmp_path / "base").transformer
     assert not torch.equal(exported.proj_out.weight, before["transformer.proj_out.weight"])
+
+
+def told(tiny, share: float):
+    settings = dataclasses.replace(tiny.train.base, identity_share=share)
+    return dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, base=settings))
+
+
+def test_with_identities_an_adapter_learns_along(tiny, weights, batch, tmp_path, generator):
+    shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
+    stage = BaseStage(told(tiny, 0.8), tmp_path)
+    assert stage.reads_inputs and not BaseStage(tiny, tmp_path).reads_inputs
+    encoder = {name: value.clone() for name, value in stage.encoder.state_dict().items()}
+    descend(stage, batch, steps=5)
+    assert all(to_v.weight.any() for to_v in stage.adapter.to_v_id)
+    assert all(torch.equal(encoder[name], value) for name, value in stage.encoder.state_dict().items())
+    assert stage.sample(batch, generator).shape == (4, 3, 3, 32, 32)  # captions alone
+    stage.export(tmp_path)
+    adapter = IdentityAdapter.load(tmp_path / "adapter.safetensors")
+    assert adapter.encoder_fingerprint == load_encoder(tmp_path).fingerprint()
+    again = BaseStage(told(tiny, 0.8), tmp_path)  # goes on from what was exported
+    assert torch.equal(again.adapter.to_v_id[0].weight, adapter.to_v_id[0].weight)
+
+
+def test_the_share_of_pictures_says_how_many_are_told_who_they_show(tiny, weights, batch, tmp_path):
+    """With another person's code the loss changes where all are told, and does not where none is."""
+    shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
+    trained = BaseStage(told(tiny, 1.0), tmp_path)
+    descend(trained, batch, steps=5)
+    trained.export(tmp_path)
+    others = dataclasses.replace(batch, inputs=batch.inputs.flip(0))
+
+    def losses(share: float) -> list[float]:
+        stage = BaseStage(told(tiny, share), tmp_path)
+        stage.model.eval()
+        return [stage.loss(one, [torch.Generator().manual_seed(0)])[0].item() for one in (batch, others)]
+
+    own, other = losses(1.0)
+    assert own != other
+    own, other = losses(1e-9)
+    assert own == other == losses(0.0)[0]
+
+
+def test_identities_need_an_encoder(tiny, trained_autoencoder, tmp_path):
+    trained_autoencoder[0].export(tmp_path)
+    with pytest.raises(OmniIDError, match=r"encoder\.safetensors does not exist"):
+        BaseStage(told(tiny, 0.5), tmp_path)
+    with pytest.raises(ConfigError, match=r"identity_share must lie in 0\.\.1, got 1\.5"):
+        told(tiny, 1.5)
 
 
 def test_a_signal_while_the_autoencoder_is_written_ends_the_stage_after_it(tiny, records, tmp_path, monkeypatch):

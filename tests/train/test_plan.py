@@ -176,11 +176,17 @@ def test_later_stages_at_the_papers_sizes_train_what_the_paper_says(stage):
     assert parts["base"].backward_flops > parts["base"].forward_flops
 
 
-@pytest.mark.parametrize("stage", ["base", "flow", "control", "t2i"])
-def test_the_plan_counts_what_a_real_step_computes(tiny, weights, records, monkeypatch, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "identity_share"), [("base", 0.0), ("base", 0.5), ("flow", 0.0), ("control", 0.0), ("t2i", 0.0)]
+)
+def test_the_plan_counts_what_a_real_step_computes(
+    tiny, weights, records, monkeypatch, tmp_path, stage, identity_share
+):
     """FLOPs of the stage's own loss and gradients, counted while they are computed from real records."""
     monkeypatch.setenv("OMNIID_KERNELS", "reference")  # native kernels are not counted
-    settings = dataclasses.replace(getattr(tiny.train, stage), num_inputs=(2, 2), control_single_blocks=1)
+    settings = dataclasses.replace(
+        getattr(tiny.train, stage), num_inputs=(2, 2), control_single_blocks=1, identity_share=identity_share
+    )
     preset = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, **{stage: settings}))
     batches = FewToManyBatches
     if stage == "t2i":  # with a ControlNet that stays frozen
