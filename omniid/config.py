@@ -239,7 +239,8 @@ class StageConfig:
     keep_controlnet: bool = False
     """T2i stage only: a frozen landmark ControlNet tells the pose while training; pictures are drawn without it."""
     identity_loss_weight: float = 0.0
-    """Flow, control and t2i stages: weight of the identity loss beside Eq. 7; 0 leaves it out, as the paper does."""
+    """Flow, control and t2i stages, and base with `identity_share`: weight of the identity loss beside Eq. 7; 0 leaves it out, as
+    the paper does."""
     recogniser: str = ""
     """File of the recogniser for the identity loss: `recogniser.safetensors` of stage `recogniser`, which reads latents, or
     one of pictures saved by torch.export.save."""

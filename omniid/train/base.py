@@ -20,6 +20,7 @@ from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, Identity
 from omniid.models.mini_base import build_base, copy_case
 from omniid.train.flow import encoder_from, load_adapter
 from omniid.train.flow_matching import draw_noise, flow_matching_loss
+from omniid.train.identity_loss import LatentIdentityLoss, load_identity_loss
 
 CROP_SIZE = 64
 """The autoencoder learns from crops of this size: it is convolutional, and a step costs a quarter of whole pictures."""
@@ -173,6 +174,14 @@ class BaseStage:
             if (weights / "adapter.safetensors").is_file():
                 load_adapter(self.adapter, weights, self.pipeline.transformer)
             self.model["adapter"] = self.adapter
+        self.identity_loss = None
+        if self.config.identity_loss_weight:
+            self.identity_loss = load_identity_loss(self.config.recogniser)
+            if not (self.reads_inputs and isinstance(self.identity_loss, LatentIdentityLoss)):
+                raise ConfigError(
+                    "an identity loss in stage base needs identity_share above 0 and a recogniser of latents, as omniid train "
+                    f"recogniser makes one, got {self.config.identity_share:g} and {self.config.recogniser}"
+                )
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
         generator = generators[0]
@@ -185,24 +194,30 @@ class BaseStage:
             latents = encode_images(self.vae.to(images.device), images)
         time, noise = draw_noise(latents, self.config.timestep_sampling, [generator], self.config.timestep_shift)
         text = embed_text(self.pipeline, captions, self.preset.base.max_sequence_length)
-        identities = self._identities(batch, generator) if self.reads_inputs else []
+        is_told = torch.rand(len(images), generator=generator) < self.config.identity_share
+        identities = [self._told(batch, is_told)] if self.reads_inputs else []
+        clean = latents
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            return predict_velocity(self.model["transformer"], noisy, time, text, guidance)
+            nonlocal clean
+            predicted = predict_velocity(self.model["transformer"], noisy, time, text, guidance)
+            clean = noisy - time.view(-1, 1, 1, 1) * predicted
+            return predicted
 
         # Without identities, too: attached for its attention, whose backward is fast on a CPU.
         with attach_identities(self.model["transformer"], identities, for_training=True):
-            error = flow_matching_loss(velocity, latents, time, noise)
-        return error.mean(), {}
+            error = flow_matching_loss(velocity, latents, time, noise).mean()
+        if self.identity_loss is None or not is_told.any():
+            return error, {}
+        distance = self.identity_loss.to(images.device)(clean[is_told], latents[is_told]).mean()
+        return error + self.config.identity_loss_weight * distance, {"identity_loss": distance}
 
-    def _identities(self, batch: Batch, generator: torch.Generator) -> list[IdentityUse]:
-        """Who the B * T targets show; what is not told of has values of zero, which add nothing."""
+    def _told(self, batch: Batch, is_told: Tensor) -> IdentityUse:
+        """Who the B * T targets show; those that are not told of it get values of zero, which add nothing."""
         with torch.no_grad():
             codes = self.encoder.to(batch.inputs.device)(batch.inputs, batch.cu_inputs)
         kv = self.adapter.project(codes).repeat(batch.targets.shape[1])
-        is_told = torch.rand(kv.values.shape[1], generator=generator) < self.config.identity_share
-        told = is_told.to(kv.values).view(1, -1, 1, 1, 1)
-        return [IdentityUse(IdentityKV(kv.keys, kv.values * told))]
+        return IdentityUse(IdentityKV(kv.keys, kv.values * is_told.to(kv.values).view(1, -1, 1, 1, 1)))
 
     def weight(self, batch: Batch) -> float:
         return 1.0

@@ -264,6 +264,9 @@ def _measure_base_stage(meter: "_Meter", preset: Preset, codes: Tensor | None = 
             return run_flux(transformer, latents, time, TextEmbedding(tokens, pooled), time)[0]
 
     _measure_by_depth(meter, transformer, velocity, *text, *kv)
+    if preset.train.base.identity_loss_weight:
+        num_told = round(num_images * preset.train.base.identity_share)
+        _measure_identity_loss(meter, vae, preset.train.base.recogniser, latents[:num_told].requires_grad_(True))
 
 
 def _measure_adapter(meter: "_Meter", adapter: IdentityAdapter, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from omniid.errors import OmniIDError
 from omniid.models.encoder import load_encoder
 from omniid.models.flux import encode_images, load_base
 from omniid.models.identity_adapter import IdentityAdapter
+from omniid.models.latent_recogniser import LatentRecogniser
 from omniid.train.base import AutoencoderStage, BaseStage, random_crops, shortened, vary_captions
 from omniid.train.run import run_stage
 
@@ -76,8 +77,8 @@ def test_the_transformer_and_both_text_encoders_learn(tiny, trained_autoencoder,
     assert not torch.equal(exported.proj_out.weight, before["transformer.proj_out.weight"])
 
 
-def told(tiny, share: float):
-    settings = dataclasses.replace(tiny.train.base, identity_share=share)
+def told(tiny, share: float, **settings):
+    settings = dataclasses.replace(tiny.train.base, identity_share=share, **settings)
     return dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, base=settings))
 
 
@@ -122,6 +123,23 @@ def test_identities_need_an_encoder(tiny, trained_autoencoder, tmp_path):
         BaseStage(told(tiny, 0.5), tmp_path)
     with pytest.raises(ConfigError, match=r"identity_share must lie in 0\.\.1, got 1\.5"):
         told(tiny, 1.5)
+
+
+def test_an_identity_loss_counts_those_who_are_told_of(tiny, weights, batch, tmp_path):
+    shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
+    recogniser = tmp_path / "recogniser.safetensors"
+    LatentRecogniser(16, 4).save(recogniser)
+    weighted = {"identity_loss_weight": 0.5, "recogniser": str(recogniser)}
+
+    def loss(preset) -> tuple[float, dict]:
+        value, numbers = BaseStage(preset, tmp_path).loss(batch, [torch.Generator().manual_seed(0)])
+        return value.item(), numbers
+
+    value, numbers = loss(told(tiny, 1.0, **weighted))
+    assert value == pytest.approx(loss(told(tiny, 1.0))[0] + 0.5 * numbers["identity_loss"].item(), rel=1e-5)
+    assert loss(told(tiny, 1e-9, **weighted))[1] == {}
+    with pytest.raises(ConfigError, match="identity_share above 0"):
+        BaseStage(told(tiny, 0.0, **weighted), tmp_path)
 
 
 def test_a_signal_while_the_autoencoder_is_written_ends_the_stage_after_it(tiny, records, tmp_path, monkeypatch):
