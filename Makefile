@@ -27,7 +27,7 @@ help:
 	@echo "make coverage   which branches of kernels/ no test reaches without a GPU; fails unless there are none"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make bench  timings of kernels and of the whole path, where their inputs are here"
-	@echo "make gpu    on a CUDA device: its tests, the kernels' benchmarks and the train step at the paper's size, with reports"
+	@echo "make gpu    on a CUDA device: its tests, the kernels' benchmarks, the train step and a step of FLUX.1-dev at the paper's size, with reports"
 	@echo "make train-mini DATA=people HOURS=6   the mini weights, all stages; the same command goes on"
 	@echo "make clean  remove what the targets made, .venv excepted"
 
@@ -68,6 +68,7 @@ gpu: venv
 	$(BIN)/pytest -m gpu $(PYTEST_FLAGS)
 	$(BIN)/omniid bench $(GPU_BENCHMARKS) --save
 	$(BIN)/omniid bench train_step -- --preset paper --device cuda --save
+	$(BIN)/omniid bench generate_step -- --device cuda --fp8 --compile --save
 
 train-mini: venv
 	$(BIN)/python -P -m omniid.train.sequence --data $(DATA) --runs $(RUNS) --weights $(WEIGHTS) $(if $(HOURS),--hours $(HOURS))
