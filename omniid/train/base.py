@@ -146,7 +146,7 @@ class BaseStage:
     """Second part of stage `base`: the transformer and both text encoders learn flow matching with captions.
 
     With `identity_share` a share of pictures is told who they show, too: so small a base has no room to learn people that it
-    is never asked for, and an adapter can only steer what is there. Captions alone stay what they were without an adapter.
+    is never asked for, and an adapter can only steer what is there. Captions alone draw as with any base.
     """
 
     name = "base"
