@@ -9,12 +9,12 @@ import copy
 
 import torch
 from harness import command_line, report, time_in_turn
+from identity_forms import added_out_of_place, attach_ip_adapter
 
 from omniid.config import load_preset
 from omniid.generate import GenerateDefaults, Generator
 from omniid.identity import Identity
-from omniid.models import identity_adapter
-from omniid.models.flux import attention_modules, layout_of, load_base
+from omniid.models.flux import layout_of, load_base
 from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
 from omniid.weights import weights_folder
 
@@ -65,26 +65,17 @@ def uncached():
         use.kv = adapter.project(tokens.unsqueeze(0))
 
     hook = pipeline.transformer.register_forward_pre_hook(project, with_kwargs=True)
-    in_place = identity_adapter.add_one_identity_
-    identity_adapter.add_one_identity_ = lambda out, *rest: out.copy_(identity_adapter.add_one_identity(out, *rest))
     try:
-        with attach_identities(pipeline.transformer, [use]):
+        with added_out_of_place(), attach_identities(pipeline.transformer, [use]):
             return plain()
     finally:
-        identity_adapter.add_one_identity_ = in_place
         hook.remove()
 
 
 def diffusers_own():
     """A pipeline like the others', with random IP-Adapter layers in its double blocks."""
-    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-
     own = copy.deepcopy(pipeline.transformer)
-    layout = layout_of(own)
-    inner = layout.num_heads * layout.head_dim
-    for attention in attention_modules(own)[: layout.num_double_blocks]:
-        attention.set_processor(FluxIPAdapterAttnProcessor(inner, preset.encoder.width, num_tokens=(len(tokens),)))
-    own.encoder_hid_proj = None
+    attach_ip_adapter(own, preset.encoder.width, len(tokens))
     embeds = {"ip_hidden_states": [tokens.unsqueeze(0)]}
 
     @torch.inference_mode()

@@ -196,21 +196,17 @@ class BaseStage:
         text = embed_text(self.pipeline, captions, self.preset.base.max_sequence_length)
         is_told = torch.rand(len(images), generator=generator) < self.config.identity_share
         identities = [self._told(batch, is_told)] if self.reads_inputs else []
-        clean = latents
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            nonlocal clean
-            predicted = predict_velocity(self.model["transformer"], noisy, time, text, guidance)
-            clean = noisy - time.view(-1, 1, 1, 1) * predicted
-            return predicted
+            return predict_velocity(self.model["transformer"], noisy, time, text, guidance)
 
         # Without identities, too: attached for its attention, whose backward is fast on a CPU.
         with attach_identities(self.model["transformer"], identities, for_training=True):
-            error = flow_matching_loss(velocity, latents, time, noise).mean()
+            errors, clean = flow_matching_loss(velocity, latents, time, noise)
         if self.identity_loss is None or not is_told.any():
-            return error, {}
+            return errors.mean(), {}
         distance = self.identity_loss.to(images.device)(clean[is_told], latents[is_told]).mean()
-        return error + self.config.identity_loss_weight * distance, {"identity_loss": distance}
+        return errors.mean() + self.config.identity_loss_weight * distance, {"identity_loss": distance}
 
     def _told(self, batch: Batch, is_told: Tensor) -> IdentityUse:
         """Who the B * T targets show; those that are not told of it get values of zero, which add nothing."""

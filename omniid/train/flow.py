@@ -149,19 +149,13 @@ class FlowStage:
         kv = self.adapter.project(codes).repeat(len(latents) // len(codes))
         text = self.text.expand(len(latents))
         guidance = torch.full((len(latents),), GUIDANCE, device=latents.device)
-        clean = latents
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            nonlocal clean
-            predicted = predict_velocity(
-                self.transformer, noisy, time, text, guidance, self.controlnet, *(control or ())
-            )
-            clean = noisy - time.view(-1, 1, 1, 1) * predicted
-            return predicted
+            return predict_velocity(self.transformer, noisy, time, text, guidance, self.controlnet, *(control or ()))
 
         with attach_identities(self.transformer, [IdentityUse(kv)], for_training=True):
-            error = flow_matching_loss(velocity, latents, time, noise).mean()
-        return error, clean
+            errors, clean = flow_matching_loss(velocity, latents, time, noise)
+        return errors.mean(), clean
 
     def _identity_gaps(
         self, codes: Tensor, latents: Tensor, control, time: Tensor, noise: Tensor, error: Tensor

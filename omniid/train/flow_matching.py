@@ -35,12 +35,14 @@ def draw_noise(
 
 def flow_matching_loss(
     velocity: Callable[[Tensor, Tensor], Tensor], targets: Tensor, time: Tensor, noise: Tensor
-) -> Tensor:
-    """Mean squared error per sample (B,) of `velocity(x_t, t)` against eps - x (Eq. 7).
+) -> tuple[Tensor, Tensor]:
+    """Mean squared error per sample (B,) of `velocity(x_t, t)` against eps - x (Eq. 7), and the clean x_t - t V (B, C, h, w)
+    that the prediction stands for.
 
     targets: x (B, C, h, w), normalised latents. time: t (B,). noise: eps, as x. velocity: x_t (B, C, h, w) and t to (B, C, h, w).
     """
     weight = time.view(-1, 1, 1, 1)
     noisy = (1 - weight) * targets + weight * noise  # Eq. 6
-    error = velocity(noisy, time).float() - (noise - targets)
-    return error.square().mean(dim=(1, 2, 3))
+    predicted = velocity(noisy, time)
+    error = (predicted.float() - (noise - targets)).square().mean(dim=(1, 2, 3))
+    return error, noisy - weight * predicted

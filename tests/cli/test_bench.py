@@ -85,8 +85,9 @@ def test_options_after_two_dashes_go_to_the_script(monkeypatch):
     assert result.exit_code == 2 and "name just that one" in result.output
 
 
-def test_an_unknown_preset_is_wrong_usage_of_the_script():
-    script = REPOSITORY / "benchmarks" / "bench_train_step.py"
+@pytest.mark.parametrize("name", ["train_step", "generate_step"])
+def test_an_unknown_preset_is_wrong_usage_of_the_script(name):
+    script = REPOSITORY / "benchmarks" / f"bench_{name}.py"
     result = subprocess.run(
         [sys.executable, str(script), "--preset", "nope"], capture_output=True, text=True, check=False
     )

@@ -147,10 +147,11 @@ def test_the_true_velocity_has_no_error_and_zero_has_the_data_and_the_noise(gene
         # x_t = (1 - t) x + t eps, hence eps - x = (x_t - x) / t
         return (noisy - targets) / time.view(-1, 1, 1, 1)
 
-    error = flow_matching_loss(perfect, targets, time, noise)
+    error, clean = flow_matching_loss(perfect, targets, time, noise)
     assert error.shape == (64,)
+    torch.testing.assert_close(clean, targets)
     assert (error * time**2).max() < 1e-9
-    zero = flow_matching_loss(lambda noisy, time: torch.zeros_like(noisy), targets, time, noise)
+    zero, _ = flow_matching_loss(lambda noisy, time: torch.zeros_like(noisy), targets, time, noise)
     assert zero.mean().item() == pytest.approx(2, rel=0.15)
 
 

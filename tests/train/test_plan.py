@@ -177,7 +177,8 @@ def test_later_stages_at_the_papers_sizes_train_what_the_paper_says(stage):
 
 
 @pytest.mark.parametrize(
-    ("stage", "identity_share"), [("base", 0.0), ("base", 0.5), ("flow", 0.0), ("control", 0.0), ("t2i", 0.0)]
+    ("stage", "identity_share"),
+    [("base", 0.0), ("base", 0.5), ("base", 1.0), ("flow", 0.0), ("control", 0.0), ("t2i", 0.0)],
 )
 def test_the_plan_counts_what_a_real_step_computes(
     tiny, weights, records, monkeypatch, tmp_path, stage, identity_share
@@ -187,6 +188,10 @@ def test_the_plan_counts_what_a_real_step_computes(
     settings = dataclasses.replace(
         getattr(tiny.train, stage), num_inputs=(2, 2), control_single_blocks=1, identity_share=identity_share
     )
+    if identity_share == 1:  # with an identity loss, which counts all pictures then
+        LatentRecogniser(16, 4).save(tmp_path / "recogniser.safetensors")
+        path = str(tmp_path / "recogniser.safetensors")
+        settings = dataclasses.replace(settings, identity_loss_weight=0.5, recogniser=path)
     preset = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, **{stage: settings}))
     batches = FewToManyBatches
     if stage == "t2i":  # with a ControlNet that stays frozen
