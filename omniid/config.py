@@ -241,9 +241,12 @@ class StageConfig:
     identity_loss_weight: float = 0.0
     """Flow, control and t2i stages, and base with `identity_share`: weight of the identity loss beside Eq. 7; 0 leaves it out, as
     the paper does."""
+    identity_loss_pictures: int = 0
+    """Targets of a batch that the identity loss looks at, each person's first before anybody's second; 0 means all. A recogniser
+    of pictures may cost more than the rest of a step."""
     recogniser: str = ""
     """File of the recogniser for the identity loss: `recogniser.safetensors` of stage `recogniser`, which reads latents, or
-    one of pictures saved by torch.export.save."""
+    one of pictures, as `omniid export recogniser` makes from ONNX files."""
     autoencoder_steps: int = 0
     """Base stage only: steps of the autoencoder, trained before the transformer."""
     log_every: int = 20
@@ -295,7 +298,11 @@ class StageConfig:
         _require(0 <= self.identity_share <= 1, f"identity_share must lie in 0..1, got {self.identity_share}")
         _require(
             self.identity_loss_weight == 0 or self.recogniser != "",
-            "identity_loss_weight needs a recogniser: the file that omniid train recogniser made, or one of torch.export.save",
+            "identity_loss_weight needs a recogniser: the file that omniid train recogniser or omniid export recogniser made",
+        )
+        _require(
+            self.identity_loss_pictures >= 0,
+            f"identity_loss_pictures must not be negative, got {self.identity_loss_pictures}",
         )
         _require(self.tokens_per_batch >= 0, f"tokens_per_batch must not be negative, got {self.tokens_per_batch}")
         counts = ("steps", "batch_identities", "accumulation", "num_targets", "log_every", "save_every", "sample_every")

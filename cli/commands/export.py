@@ -21,6 +21,23 @@ class _Sides(click.ParamType):
         return tuple(int(part) for part in parts)
 
 
+class _Channels(click.ParamType):
+    """One number for all channels, or three with commas between them."""
+
+    name = "number[,number,number]"
+
+    def convert(self, value, param, ctx) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 3):
+            self.fail(f"{value!r} is not one number or three, like 0.485,0.456,0.406", param, ctx)
+        return numbers
+
+
 def _shared_options(function):
     options = [
         click.option(
@@ -187,6 +204,32 @@ def fp8_command(preset: str, output: str, as_json: bool) -> None:
     from omniid.export.fp8_adapter import export_fp8_adapter
 
     report = export_fp8_adapter(preset, output)
+    _print(report.to_dict(), str(report), as_json)
+    _fail_unless(report)
+
+
+@export.command("recogniser")
+@click.argument("source", type=click.Path(dir_okay=False))
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="File, ends in .pt2.")
+@click.option(
+    "--mean",
+    type=_Channels(),
+    default="0.5",
+    show_default=True,
+    help="Of RGB in 0..1 that the network expects taken away; one number or three.",
+)
+@click.option("--std", type=_Channels(), default="0.5", show_default=True, help="What it expects them divided by.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def recogniser_command(source: str, output: str, mean, std, as_json: bool) -> None:
+    """\b
+    omniid export recogniser w600k_r50.onnx -o arcface.pt2
+    omniid train flow ... --set train.flow.identity_loss_weight=0.1 --set train.flow.recogniser=arcface.pt2
+
+    A face recogniser (N, 3, 112, 112) in a form that gradients pass through, for the identity loss of training.
+    """
+    from omniid.export.recogniser import export_recogniser
+
+    report = export_recogniser(source, output, mean, std)
     _print(report.to_dict(), str(report), as_json)
     _fail_unless(report)
 

@@ -20,7 +20,7 @@ from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, Identity
 from omniid.models.mini_base import build_base, copy_case
 from omniid.train.flow import encoder_from, load_adapter
 from omniid.train.flow_matching import draw_noise, flow_matching_loss
-from omniid.train.identity_loss import LatentIdentityLoss, load_identity_loss
+from omniid.train.identity_loss import IdentityLoss, identity_distance, load_identity_loss
 
 CROP_SIZE = 64
 """The autoencoder learns from crops of this size: it is convolutional, and a step costs a quarter of whole pictures."""
@@ -174,14 +174,12 @@ class BaseStage:
             if (weights / "adapter.safetensors").is_file():
                 load_adapter(self.adapter, weights, self.pipeline.transformer)
             self.model["adapter"] = self.adapter
-        self.identity_loss = None
-        if self.config.identity_loss_weight:
-            self.identity_loss = load_identity_loss(self.config.recogniser)
-            if not (self.reads_inputs and isinstance(self.identity_loss, LatentIdentityLoss)):
-                raise ConfigError(
-                    "an identity loss in stage base needs identity_share above 0 and a recogniser of latents, as omniid train "
-                    f"recogniser makes one, got {self.config.identity_share:g} and {self.config.recogniser}"
-                )
+        self.identity_loss = load_identity_loss(self.config.recogniser) if self.config.identity_loss_weight else None
+        if self.identity_loss is not None and not self.reads_inputs:
+            raise ConfigError(
+                "an identity loss in stage base needs identity_share above 0, or nobody is told who to draw"
+            )
+        self.needs_landmarks = isinstance(self.identity_loss, IdentityLoss)
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
         generator = generators[0]
@@ -205,7 +203,9 @@ class BaseStage:
             errors, clean = flow_matching_loss(velocity, latents, time, noise)
         if self.identity_loss is None or not is_told.any():
             return errors.mean(), {}
-        distance = self.identity_loss.to(images.device)(clean[is_told], latents[is_told]).mean()
+        distance = identity_distance(
+            self.identity_loss, self.vae, batch, clean, latents, self.config.identity_loss_pictures, is_told
+        ).mean()
         return errors.mean() + self.config.identity_loss_weight * distance, {"identity_loss": distance}
 
     def _told(self, batch: Batch, is_told: Tensor) -> IdentityUse:

@@ -194,12 +194,15 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
 
     _measure_by_depth(meter, transformer, velocity, *kv, *samples)
     if config.identity_loss_weight:
-        _measure_identity_loss(meter, vae, config.recogniser, latents.requires_grad_(True))
+        _measure_identity_loss(meter, vae, config, latents.requires_grad_(True), told=1.0)
 
 
-def _measure_identity_loss(meter: "_Meter", vae: nn.Module, path: str, drawn: Tensor) -> None:
-    """The identity loss's network on the drawn faces, and without gradients on the photographed ones."""
-    loss = load_identity_loss(path)
+def _measure_identity_loss(meter: "_Meter", vae: nn.Module, config: StageConfig, drawn: Tensor, told: float) -> None:
+    """The identity loss's network on the drawn faces that it looks at, and without gradients on the photographed ones.
+
+    told: share of all targets that the stage may ask for; of these `identity_loss_pictures` in a batch are looked at.
+    """
+    loss, first = load_identity_loss(config.recogniser), len(meter.parts)
     recogniser = loss.recogniser.to("meta")
     if isinstance(loss, IdentityLoss):
         meter.measure("vae decoder", [vae.decoder], lambda latents: decode_latents(vae, latents), drawn)
@@ -212,6 +215,17 @@ def _measure_identity_loss(meter: "_Meter", vae: nn.Module, path: str, drawn: Te
         return recogniser(drawn)
 
     meter.measure("recogniser", [recogniser], embed, drawn)
+    in_batch = config.batch_identities // config.accumulation * config.num_targets
+    share = min(told, (config.identity_loss_pictures or in_batch) / in_batch)
+    meter.parts[first:] = [
+        dataclasses.replace(
+            part,
+            forward_flops=share * part.forward_flops,
+            backward_flops=share * part.backward_flops,
+            kept_bytes=share * part.kept_bytes,
+        )
+        for part in meter.parts[first:]
+    ]
 
 
 def _measure_recogniser_stage(meter: "_Meter", preset: Preset) -> None:
@@ -265,8 +279,8 @@ def _measure_base_stage(meter: "_Meter", preset: Preset, codes: Tensor | None = 
 
     _measure_by_depth(meter, transformer, velocity, *text, *kv)
     if preset.train.base.identity_loss_weight:
-        num_told = round(num_images * preset.train.base.identity_share)
-        _measure_identity_loss(meter, vae, preset.train.base.recogniser, latents[:num_told].requires_grad_(True))
+        config = preset.train.base
+        _measure_identity_loss(meter, vae, config, latents.requires_grad_(True), told=config.identity_share)
 
 
 def _measure_adapter(meter: "_Meter", adapter: IdentityAdapter, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from omniid.data.few_to_many import Batch
 from omniid.models.encoder import IdentityEncoder, load_weights
 from omniid.models.flux import (
     TEXT_PARTS,
-    decode_latents,
     embed_text,
     encode_images,
     load_base,
@@ -22,7 +21,7 @@ from omniid.models.flux import (
 from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
 from omniid.models.landmark_controlnet import landmark_pictures
 from omniid.train.flow_matching import draw_noise, flow_matching_loss
-from omniid.train.identity_loss import IdentityLoss, LatentIdentityLoss, load_identity_loss
+from omniid.train.identity_loss import IdentityLoss, identity_distance, load_identity_loss
 from omniid.train.prompt_cache import load_prompt, prompt_path, save_prompt
 
 GUIDANCE = 1.0
@@ -132,12 +131,9 @@ class FlowStage:
         """
         if self.identity_loss is None:
             return 0.0, {}
-        if isinstance(self.identity_loss, LatentIdentityLoss):
-            distance = self.identity_loss(drawn, latents)
-        else:
-            landmarks = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])
-            distance = self.identity_loss(decode_latents(self.vae, drawn), batch.targets.flatten(0, 1), landmarks)
-        distance = distance.mean()
+        distance = identity_distance(
+            self.identity_loss, self.vae, batch, drawn, latents, self.config.identity_loss_pictures
+        ).mean()
         return self.config.identity_loss_weight * distance, {"identity_loss": distance}
 
     def _error(

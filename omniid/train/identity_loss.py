@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omniid.data.few_to_many import Batch
 from omniid.errors import OmniIDError
 from omniid.faces.align import similarity
 from omniid.faces.landmarks import check_landmarks
+from omniid.models.flux import decode_latents
 from omniid.models.latent_recogniser import LatentRecogniser
 
 ARCFACE_SIZE = 112
@@ -62,6 +64,33 @@ class LatentIdentityLoss(nn.Module):
         return 1 - (self.recogniser(drawn) * wanted).sum(dim=-1)
 
 
+def identity_distance(
+    loss: IdentityLoss | LatentIdentityLoss,
+    vae: nn.Module,
+    batch: Batch,
+    drawn: Tensor,
+    latents: Tensor,
+    limit: int = 0,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """The loss (N,) of the batch's B * T targets, or of `limit` of them, everybody's first target before anybody's second.
+
+    drawn, latents: normalised latents (B * T, C, h, w) that were predicted and of the photos; `vae` decodes the former where the
+    recogniser reads pictures. counted: bool (B * T,), which targets may be taken.
+    """
+    people, targets = batch.targets.shape[:2]
+    order = torch.arange(people * targets).view(people, targets).T.flatten()
+    if counted is not None:
+        order = order[counted.cpu()[order]]
+    order = order[: limit or None]
+    chosen = order.to(drawn.device)
+    loss.to(drawn.device)
+    if isinstance(loss, LatentIdentityLoss):
+        return loss(drawn[chosen], latents[chosen])
+    landmarks = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])[order.numpy()]
+    return loss(decode_latents(vae, drawn[chosen]), batch.targets.flatten(0, 1)[chosen], landmarks)
+
+
 def load_identity_loss(path: str | Path) -> IdentityLoss | LatentIdentityLoss:
     """The loss for a file of latents' (`.safetensors`) or pictures' recogniser. Raises OmniIDError where it cannot be used."""
     return (LatentIdentityLoss if Path(path).suffix == ".safetensors" else IdentityLoss)(path)
@@ -74,7 +103,7 @@ def load_recogniser(path: str | Path) -> nn.Module:
     """
     path = Path(path)
     if not path.is_file():
-        raise OmniIDError(f"there is no recogniser at {path}; save one there with torch.export.save")
+        raise OmniIDError(f"there is no recogniser at {path}; make one with omniid export recogniser")
     try:
         recogniser = torch.export.load(path).module().requires_grad_(False)
         embeddings = recogniser(torch.zeros(3, 3, ARCFACE_SIZE, ARCFACE_SIZE))

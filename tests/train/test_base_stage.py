@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,6 +141,29 @@ def test_an_identity_loss_counts_those_who_are_told_of(tiny, weights, batch, tmp
     assert loss(told(tiny, 1e-9, **weighted))[1] == {}
     with pytest.raises(ConfigError, match="identity_share above 0"):
         BaseStage(told(tiny, 0.0, **weighted), tmp_path)
+
+
+def test_a_recogniser_of_pictures_sees_decoded_faces(tiny, weights, records, recogniser, tmp_path):
+    """Its gradient reaches the adapter, and the number of faces that it looks at is what was asked for."""
+    weighted = {"identity_loss_weight": 0.5, "recogniser": str(recogniser)}
+    batch = FewToManyBatches(open_records(records, "train"), 32, 4, (1, 2), 2, seed=0, steps=1, landmarks=True)[0]
+    batch = batch.to_device(torch.device("cpu"))
+    seen = []
+    for limit in (0, 3, 100):
+        stage = BaseStage(told(tiny, 1.0, **weighted, identity_loss_pictures=limit), weights)
+        assert stage.needs_landmarks
+        stage.identity_loss.register_forward_pre_hook(lambda _, given: seen.append(given))
+        value, numbers = stage.loss(batch, [torch.Generator().manual_seed(0)])
+        plain = BaseStage(told(tiny, 1.0), weights).loss(batch, [torch.Generator().manual_seed(0)])[0]
+        assert value.item() == pytest.approx(plain.item() + 0.5 * numbers["identity_loss"].item(), rel=1e-5)
+        (gradient,) = torch.autograd.grad(numbers["identity_loss"], stage.adapter.to_v_id[0].weight)
+        assert gradient.abs().max() > 0
+    assert [len(photos) for _, photos, _ in seen] == [8, 3, 8]
+    _, photos, landmarks = seen[1]
+    assert torch.equal(photos, batch.targets[:3, 0])  # everybody's first target before anybody's second
+    assert np.array_equal(landmarks, batch.landmarks[:3, 0])
+    with pytest.raises(ConfigError, match="identity_loss_pictures must not be negative, got -1"):
+        told(tiny, 1.0, identity_loss_pictures=-1)
 
 
 def test_a_signal_while_the_autoencoder_is_written_ends_the_stage_after_it(tiny, records, tmp_path, monkeypatch):

@@ -246,6 +246,12 @@ def test_t2i_trains_the_adapter_alone_and_pays_for_what_it_is_asked(tiny, recogn
     # One convolution of (8, 3, 7, 7) at 16 x 16 places, on drawn and photographed faces of each target.
     once = tiny.train.t2i.num_targets * 2 * 8 * 3 * 7 * 7 * 16 * 16
     assert more["recogniser"].forward_flops == 2 * once and more["recogniser"].backward_flops == once
+    t2i = dataclasses.replace(t2i, batch_identities=8, accumulation=2, identity_loss_pictures=2)
+    few = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, t2i=t2i))
+    less = {part.name: part for part in count_costs("t2i", few, "fp32", "none")}
+    share = 2 / (4 * tiny.train.t2i.num_targets)
+    for part in ("recogniser", "vae decoder"):
+        assert less[part].backward_flops == pytest.approx(share * more[part].backward_flops)
 
 
 def test_a_recogniser_of_latents_costs_little(tiny, tmp_path):
