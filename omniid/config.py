@@ -244,6 +244,12 @@ class StageConfig:
     identity_loss_pictures: int = 0
     """Targets of a batch that the identity loss looks at, each person's first before anybody's second; 0 means all. A recogniser
     of pictures may cost more than the rest of a step."""
+    identity_loss_temperature: float = 0.0
+    """Above 0 the identity loss is the cross-entropy of finding a drawn face's own photo among those of the batch's other people,
+    by cosines over this temperature, instead of 1 - cos."""
+    identity_loss_steps: int = 0
+    """Base stage only: the identity loss looks at what is drawn from noise alone, somewhere on the way of so many steps, and not
+    at what is predicted from noisy photos, which show the person themselves. 0 leaves it at these."""
     recogniser: str = ""
     """File of the recogniser for the identity loss: `recogniser.safetensors` of stage `recogniser`, which reads latents, or
     one of pictures, as `omniid export recogniser` makes from ONNX files."""
@@ -300,10 +306,8 @@ class StageConfig:
             self.identity_loss_weight == 0 or self.recogniser != "",
             "identity_loss_weight needs a recogniser: the file that omniid train recogniser or omniid export recogniser made",
         )
-        _require(
-            self.identity_loss_pictures >= 0,
-            f"identity_loss_pictures must not be negative, got {self.identity_loss_pictures}",
-        )
+        for name in ("identity_loss_pictures", "identity_loss_temperature", "identity_loss_steps"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         _require(self.tokens_per_batch >= 0, f"tokens_per_batch must not be negative, got {self.tokens_per_batch}")
         counts = ("steps", "batch_identities", "accumulation", "num_targets", "log_every", "save_every", "sample_every")
         for name in counts:

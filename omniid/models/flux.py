@@ -292,6 +292,10 @@ class TextEmbedding:
     def to(self, device: torch.device) -> "TextEmbedding":
         return TextEmbedding(self.tokens.to(device), self.pooled.to(device))
 
+    def of(self, chosen: Tensor) -> "TextEmbedding":
+        """The embeddings of the pictures with these indices (N,)."""
+        return TextEmbedding(self.tokens[chosen], self.pooled[chosen])
+
 
 def embed_text(pipeline, prompts: list[str], max_sequence_length: int) -> TextEmbedding:
     """Embeds prompts with the pipeline's text encoders as `FluxPipeline.encode_prompt` does, with gradients.

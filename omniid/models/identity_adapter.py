@@ -55,6 +55,10 @@ class IdentityKV:
             return self
         return IdentityKV(self.keys.repeat_interleave(times, dim=1), self.values.repeat_interleave(times, dim=1))
 
+    def of(self, chosen: Tensor) -> "IdentityKV":
+        """Those of the batch with these indices (N,)."""
+        return IdentityKV(self.keys[:, chosen], self.values[:, chosen])
+
 
 @dataclass(slots=True)
 class IdentityUse:

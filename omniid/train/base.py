@@ -19,8 +19,8 @@ from omniid.models.flux import decode_latents, drop_origin, embed_text, encode_i
 from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, IdentityUse, attach_identities
 from omniid.models.mini_base import build_base, copy_case
 from omniid.train.flow import encoder_from, load_adapter
-from omniid.train.flow_matching import draw_noise, flow_matching_loss
-from omniid.train.identity_loss import IdentityLoss, identity_distance, load_identity_loss
+from omniid.train.flow_matching import draw_noise, draw_on_the_way, flow_matching_loss
+from omniid.train.identity_loss import IdentityLoss, chosen_targets, identity_distance, load_identity_loss
 
 CROP_SIZE = 64
 """The autoencoder learns from crops of this size: it is convolutional, and a step costs a quarter of whole pictures."""
@@ -201,10 +201,22 @@ class BaseStage:
         # Without identities, too: attached for its attention, whose backward is fast on a CPU.
         with attach_identities(self.model["transformer"], identities, for_training=True):
             errors, clean = flow_matching_loss(velocity, latents, time, noise)
-        if self.identity_loss is None or not is_told.any():
+        chosen = chosen_targets(batch, self.config.identity_loss_pictures, is_told)
+        if self.identity_loss is None or not len(chosen):
             return errors.mean(), {}
+        here = chosen.to(images.device)
+        drawn = clean[here]
+        if self.config.identity_loss_steps:
+            who, prompts, scales = IdentityUse(identities[0].kv.of(here)), text.of(here), guidance[here]
+
+            def own_velocity(noisy: Tensor, time: Tensor) -> Tensor:
+                return predict_velocity(self.model["transformer"], noisy, time, prompts, scales)
+
+            pure = torch.randn(drawn.shape, generator=generator).to(drawn)
+            with attach_identities(self.model["transformer"], [who], for_training=True):
+                drawn = draw_on_the_way(own_velocity, pure, self.config.identity_loss_steps, generator)
         distance = identity_distance(
-            self.identity_loss, self.vae, batch, clean, latents, self.config.identity_loss_pictures, is_told
+            self.identity_loss, self.vae, batch, chosen, drawn, latents[here], self.config.identity_loss_temperature
         ).mean()
         return errors.mean() + self.config.identity_loss_weight * distance, {"identity_loss": distance}
 

@@ -215,17 +215,23 @@ def _measure_identity_loss(meter: "_Meter", vae: nn.Module, config: StageConfig,
         return recogniser(drawn)
 
     meter.measure("recogniser", [recogniser], embed, drawn)
+    share = _looked_at(config, told)
+    meter.parts[first:] = [_scaled(part, share, share) for part in meter.parts[first:]]
+
+
+def _looked_at(config: StageConfig, told: float) -> float:
+    """Share of all targets that the identity loss looks at, of those `told` that it may."""
     in_batch = config.batch_identities // config.accumulation * config.num_targets
-    share = min(told, (config.identity_loss_pictures or in_batch) / in_batch)
-    meter.parts[first:] = [
-        dataclasses.replace(
-            part,
-            forward_flops=share * part.forward_flops,
-            backward_flops=share * part.backward_flops,
-            kept_bytes=share * part.kept_bytes,
-        )
-        for part in meter.parts[first:]
-    ]
+    return min(told, (config.identity_loss_pictures or in_batch) / in_batch)
+
+
+def _scaled(part: Part, forward: float, backward: float) -> Part:
+    return dataclasses.replace(
+        part,
+        forward_flops=forward * part.forward_flops,
+        backward_flops=backward * part.backward_flops,
+        kept_bytes=backward * part.kept_bytes,
+    )
 
 
 def _measure_recogniser_stage(meter: "_Meter", preset: Preset) -> None:
@@ -280,6 +286,10 @@ def _measure_base_stage(meter: "_Meter", preset: Preset, codes: Tensor | None = 
     _measure_by_depth(meter, transformer, velocity, *text, *kv)
     if preset.train.base.identity_loss_weight:
         config = preset.train.base
+        if config.identity_loss_steps:  # half of the steps before the last on average, without gradients, and one with
+            more = _looked_at(config, config.identity_share)
+            base = next(index for index, part in enumerate(meter.parts) if part.name == "base")
+            meter.parts[base] = _scaled(meter.parts[base], 1 + more * (config.identity_loss_steps + 1) / 2, 1 + more)
         _measure_identity_loss(meter, vae, config, latents.requires_grad_(True), told=config.identity_share)
 
 

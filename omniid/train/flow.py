@@ -21,7 +21,7 @@ from omniid.models.flux import (
 from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
 from omniid.models.landmark_controlnet import landmark_pictures
 from omniid.train.flow_matching import draw_noise, flow_matching_loss
-from omniid.train.identity_loss import IdentityLoss, identity_distance, load_identity_loss
+from omniid.train.identity_loss import IdentityLoss, chosen_targets, identity_distance, load_identity_loss
 from omniid.train.prompt_cache import load_prompt, prompt_path, save_prompt
 
 GUIDANCE = 1.0
@@ -131,8 +131,10 @@ class FlowStage:
         """
         if self.identity_loss is None:
             return 0.0, {}
+        chosen = chosen_targets(batch, self.config.identity_loss_pictures)
+        drawn, latents = (x[chosen.to(x.device)] for x in (drawn, latents))
         distance = identity_distance(
-            self.identity_loss, self.vae, batch, drawn, latents, self.config.identity_loss_pictures
+            self.identity_loss, self.vae, batch, chosen, drawn, latents, self.config.identity_loss_temperature
         ).mean()
         return self.config.identity_loss_weight * distance, {"identity_loss": distance}
 

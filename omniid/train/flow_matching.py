@@ -1,6 +1,7 @@
 """Conditional flow matching (Sec. 3.3; Eq. 6-7), shared by the stages `base` and `flow`."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,3 +47,19 @@ def flow_matching_loss(
     predicted = velocity(noisy, time)
     error = (predicted.float() - (noise - targets)).square().mean(dim=(1, 2, 3))
     return error, noisy - weight * predicted
+
+
+def draw_on_the_way(
+    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, generator: torch.Generator
+) -> Tensor:
+    """The clean picture (B, C, h, w) that is predicted somewhere on the way of drawing `noise` in `steps` Euler steps.
+
+    How many are taken before is drawn, 0 to steps - 1, the same for the batch; only the prediction has gradients. A noisy photo
+    tells who it shows, what a model drew itself holds nobody but those that it was told of.
+    """
+    taken = int(torch.randint(steps, (), generator=generator))
+    times = torch.linspace(1, 0, steps + 1).tolist()
+    with torch.no_grad():
+        for now, after in pairwise(times[: taken + 1]):
+            noise = noise + (after - now) * velocity(noise, noise.new_full((len(noise),), now)).float()
+    return noise - times[taken] * velocity(noise, noise.new_full((len(noise),), times[taken])).float()

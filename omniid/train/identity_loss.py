@@ -34,8 +34,8 @@ class IdentityLoss(nn.Module):
         super().__init__()
         self.recogniser = load_recogniser(path)
 
-    def forward(self, drawn: Tensor, photos: Tensor, landmarks: np.ndarray) -> Tensor:
-        """1 - cos (N,), with gradients to `drawn`.
+    def forward(self, drawn: Tensor, photos: Tensor, landmarks: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Embeddings (N, D) of length 1 of the drawn faces, with gradients, and of the photographed ones.
 
         drawn, photos: (N, 3, H, W) in [-1, 1]. landmarks: (N, 66, 2) in pixels of the photos.
         """
@@ -46,7 +46,7 @@ class IdentityLoss(nn.Module):
         )
         with torch.no_grad():
             wanted = self.recogniser(photos)
-        return 1 - F.cosine_similarity(self.recogniser(drawn), wanted, dim=-1)
+        return F.normalize(self.recogniser(drawn).float(), dim=-1), F.normalize(wanted.float(), dim=-1)
 
 
 class LatentIdentityLoss(nn.Module):
@@ -57,38 +57,53 @@ class LatentIdentityLoss(nn.Module):
         super().__init__()
         self.recogniser = LatentRecogniser.load(path).requires_grad_(False)
 
-    def forward(self, drawn: Tensor, photos: Tensor) -> Tensor:
-        """1 - cos (N,), with gradients to `drawn`; both normalised latents (N, C, h, w)."""
+    def forward(self, drawn: Tensor, photos: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (N, D) of length 1 of normalised latents (N, C, h, w), with gradients to `drawn`."""
         with torch.no_grad():
             wanted = self.recogniser(photos)
-        return 1 - (self.recogniser(drawn) * wanted).sum(dim=-1)
+        return self.recogniser(drawn), wanted
+
+
+def chosen_targets(batch: Batch, limit: int = 0, counted: Tensor | None = None) -> Tensor:
+    """Indices (N,) among the batch's B * T targets, at most `limit`, everybody's first target before anybody's second.
+
+    counted: bool (B * T,), which may be chosen; all if None. On the CPU.
+    """
+    people, targets = batch.targets.shape[:2]
+    order = torch.arange(people * targets).view(people, targets).T.flatten()
+    if counted is not None:
+        order = order[counted.cpu()[order]]
+    return order[: limit or None]
 
 
 def identity_distance(
     loss: IdentityLoss | LatentIdentityLoss,
     vae: nn.Module,
     batch: Batch,
+    chosen: Tensor,
     drawn: Tensor,
     latents: Tensor,
-    limit: int = 0,
-    counted: Tensor | None = None,
+    temperature: float = 0.0,
 ) -> Tensor:
-    """The loss (N,) of the batch's B * T targets, or of `limit` of them, everybody's first target before anybody's second.
+    """How far the faces drawn for the `chosen` targets (N,) are from their photos, (N,).
 
-    drawn, latents: normalised latents (B * T, C, h, w) that were predicted and of the photos; `vae` decodes the former where the
-    recogniser reads pictures. counted: bool (B * T,), which targets may be taken.
+    1 - cos of both embeddings; with a temperature the cross-entropy of finding each drawn face's own photo among those of the
+    other people, by cosines over it (InfoNCE). drawn, latents: normalised latents (N, C, h, w) of the drawn faces and of the
+    photos; `vae` decodes the former where the recogniser reads pictures.
     """
-    people, targets = batch.targets.shape[:2]
-    order = torch.arange(people * targets).view(people, targets).T.flatten()
-    if counted is not None:
-        order = order[counted.cpu()[order]]
-    order = order[: limit or None]
-    chosen = order.to(drawn.device)
     loss.to(drawn.device)
     if isinstance(loss, LatentIdentityLoss):
-        return loss(drawn[chosen], latents[chosen])
-    landmarks = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])[order.numpy()]
-    return loss(decode_latents(vae, drawn[chosen]), batch.targets.flatten(0, 1)[chosen], landmarks)
+        mine, wanted = loss(drawn, latents)
+    else:
+        landmarks = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])[chosen.numpy()]
+        photos = batch.targets.flatten(0, 1)[chosen.to(drawn.device)]
+        mine, wanted = loss(decode_latents(vae, drawn), photos, landmarks)
+    if temperature == 0:
+        return 1 - (mine * wanted).sum(dim=-1)
+    person = (chosen // batch.targets.shape[1]).to(drawn.device)
+    itself = torch.eye(len(chosen), dtype=torch.bool, device=drawn.device)
+    cosines = (mine @ wanted.T / temperature).masked_fill((person[:, None] == person) & ~itself, -torch.inf)
+    return F.cross_entropy(cosines, torch.arange(len(chosen), device=drawn.device), reduction="none")
 
 
 def load_identity_loss(path: str | Path) -> IdentityLoss | LatentIdentityLoss:

@@ -166,6 +166,24 @@ def test_a_recogniser_of_pictures_sees_decoded_faces(tiny, weights, records, rec
         told(tiny, 1.0, identity_loss_pictures=-1)
 
 
+def test_faces_may_be_drawn_from_noise_alone(tiny, weights, records, recogniser):
+    """What the identity loss sees then depends on nothing of the photos but who they show."""
+    weighted = {"identity_loss_weight": 0.5, "recogniser": str(recogniser), "identity_loss_steps": 3}
+    batch = FewToManyBatches(open_records(records, "train"), 32, 4, (1, 2), 2, seed=0, steps=1, landmarks=True)[0]
+    batch = batch.to_device(torch.device("cpu"))
+    others = dataclasses.replace(batch, targets=batch.targets.flip(-1))
+    seen, gradients = [], []
+    for one, steps in ((batch, 3), (others, 3), (batch, 0), (others, 0)):
+        torch.manual_seed(0)  # of the adapter
+        stage = BaseStage(told(tiny, 1.0, **{**weighted, "identity_loss_steps": steps}), weights)
+        stage.identity_loss.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        _, numbers = stage.loss(one, [torch.Generator().manual_seed(0)])
+        gradients.append(torch.autograd.grad(numbers["identity_loss"], stage.adapter.to_v_id[0].weight)[0])
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[2], seen[3])
+    assert gradients[0].abs().max() > 0
+
+
 def test_a_signal_while_the_autoencoder_is_written_ends_the_stage_after_it(tiny, records, tmp_path, monkeypatch):
     export = AutoencoderStage.export
 

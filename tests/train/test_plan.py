@@ -188,10 +188,13 @@ def test_the_plan_counts_what_a_real_step_computes(
     settings = dataclasses.replace(
         getattr(tiny.train, stage), num_inputs=(2, 2), control_single_blocks=1, identity_share=identity_share
     )
-    if identity_share == 1:  # with an identity loss, which counts all pictures then
+    if identity_share == 1:  # with an identity loss of five pictures, drawn in a step that is sure to be computed
         LatentRecogniser(16, 4).save(tmp_path / "recogniser.safetensors")
         path = str(tmp_path / "recogniser.safetensors")
-        settings = dataclasses.replace(settings, identity_loss_weight=0.5, recogniser=path)
+        settings = dataclasses.replace(
+            settings, identity_loss_weight=0.5, recogniser=path, identity_loss_pictures=5, identity_loss_steps=1,
+            batch_identities=4, accumulation=1,
+        )  # fmt: skip
     preset = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, **{stage: settings}))
     batches = FewToManyBatches
     if stage == "t2i":  # with a ControlNet that stays frozen

@@ -1,0 +1,69 @@
+"""The identity loss compares drawn faces with photos of those that they are meant to show."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from omniid.data.few_to_many import FewToManyBatches
+from omniid.data.records import open_records
+from omniid.models.latent_recogniser import LatentRecogniser
+from omniid.train.flow_matching import draw_on_the_way
+from omniid.train.identity_loss import LatentIdentityLoss, chosen_targets, identity_distance
+
+
+@pytest.fixture
+def batch(records):
+    """Four people with two targets each."""
+    batches = FewToManyBatches(open_records(records, "train"), 32, 4, (1, 2), 2, seed=0, steps=1)
+    return batches[0].to_device(torch.device("cpu"))
+
+
+def test_everybody_is_looked_at_before_anybody_twice(batch):
+    assert chosen_targets(batch).tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert chosen_targets(batch, 3).tolist() == [0, 2, 4]
+    told = torch.tensor([0, 1, 1, 0, 0, 0, 1, 1], dtype=torch.bool)
+    assert chosen_targets(batch, 4, told).tolist() == [2, 6, 1, 7]
+    assert chosen_targets(batch, 4, told & False).tolist() == []
+
+
+def test_the_loss_is_of_cosines_and_with_a_temperature_of_telling_people_apart(batch, tmp_path):
+    torch.manual_seed(0)
+    LatentRecogniser(16, 4).save(tmp_path / "recogniser.safetensors")
+    loss = LatentIdentityLoss(tmp_path / "recogniser.safetensors")
+    chosen = chosen_targets(batch, 6)
+    drawn, latents = torch.randn(6, 16, 4, 4), torch.randn(6, 16, 4, 4)
+    mine, wanted = (x.detach().double().numpy() for x in loss(drawn, latents))
+    cosines = mine @ wanted.T
+    plain = identity_distance(loss, None, batch, chosen, drawn, latents)
+    np.testing.assert_allclose(plain.numpy(), 1 - np.diag(cosines), atol=1e-5)
+    people = [0, 1, 2, 3, 0, 1]
+    wanted = [
+        -math.log(
+            math.exp(cosines[i, i] / 0.2)
+            / sum(math.exp(cosines[i, j] / 0.2) for j in range(6) if j == i or people[j] != people[i])
+        )
+        for i in range(6)
+    ]
+    contrast = identity_distance(loss, None, batch, chosen, drawn, latents, temperature=0.2)
+    np.testing.assert_allclose(contrast.numpy(), wanted, rtol=1e-4)
+
+
+def test_drawing_on_the_way_ends_anywhere_with_gradients_of_the_last_step():
+    clean, weight = torch.randn(2, 3, 4, 4), torch.ones((), requires_grad=True)
+    taken = set()
+    for seed in range(20):
+        calls, noise = [], torch.randn(2, 3, 4, 4)
+
+        def velocity(noisy, time, calls=calls):
+            calls.append((time.tolist(), torch.is_grad_enabled()))
+            return weight * (noisy - clean) / time.view(-1, 1, 1, 1)  # of straight paths to `clean`
+
+        drawn = draw_on_the_way(velocity, noise, 4, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(drawn, clean, atol=1e-5, rtol=0)
+        taken.add(len(calls))
+        assert [time for time, _ in calls] == [[t, t] for t in (1.0, 0.75, 0.5, 0.25)[: len(calls)]]
+        assert [enabled for _, enabled in calls] == [False] * (len(calls) - 1) + [True]
+        assert torch.autograd.grad(drawn.sum(), weight)[0].isfinite()
+    assert taken == {1, 2, 3, 4}
