@@ -248,8 +248,8 @@ class StageConfig:
     """Above 0 the identity loss is the cross-entropy of finding a drawn face's own photo among those of the batch's other people,
     by cosines over this temperature, instead of 1 - cos."""
     identity_loss_steps: int = 0
-    """Base stage only: the identity loss looks at what is drawn from noise alone, somewhere on the way of so many steps, and not
-    at what is predicted from noisy photos, which show the person themselves. 0 leaves it at these."""
+    """The identity loss looks at what is drawn from noise alone, somewhere on the way of so many steps, and not at what is
+    predicted from noisy photos, which show the person themselves. 0 leaves it at these."""
     recogniser: str = ""
     """File of the recogniser for the identity loss: `recogniser.safetensors` of stage `recogniser`, which reads latents, or
     one of pictures, as `omniid export recogniser` makes from ONNX files."""

@@ -19,7 +19,7 @@ from omniid.models.flux import decode_latents, drop_origin, embed_text, encode_i
 from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, IdentityUse, attach_identities
 from omniid.models.mini_base import build_base, copy_case
 from omniid.train.flow import encoder_from, load_adapter
-from omniid.train.flow_matching import draw_noise, draw_on_the_way, flow_matching_loss
+from omniid.train.flow_matching import draw_noise, draw_on_the_way, draw_starts, flow_matching_loss
 from omniid.train.identity_loss import IdentityLoss, chosen_targets, identity_distance, load_identity_loss
 
 CROP_SIZE = 64
@@ -212,9 +212,10 @@ class BaseStage:
             def own_velocity(noisy: Tensor, time: Tensor) -> Tensor:
                 return predict_velocity(self.model["transformer"], noisy, time, prompts, scales)
 
-            pure = torch.randn(drawn.shape, generator=generator).to(drawn)
+            steps = self.config.identity_loss_steps
+            pure, taken = draw_starts(drawn, steps, [generator])
             with attach_identities(self.model["transformer"], [who], for_training=True):
-                drawn = draw_on_the_way(own_velocity, pure, self.config.identity_loss_steps, generator)
+                drawn = draw_on_the_way(own_velocity, pure, taken, steps)
         distance = identity_distance(
             self.identity_loss, self.vae, batch, chosen, drawn, latents[here], self.config.identity_loss_temperature
         ).mean()

@@ -200,9 +200,15 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
 def _measure_identity_loss(meter: "_Meter", vae: nn.Module, config: StageConfig, drawn: Tensor, told: float) -> None:
     """The identity loss's network on the drawn faces that it looks at, and without gradients on the photographed ones.
 
-    told: share of all targets that the stage may ask for; of these `identity_loss_pictures` in a batch are looked at.
+    told: share of all targets that the stage may ask for; of these `identity_loss_pictures` in a batch are looked at. Where they
+    are drawn from noise, the base's part grows by it.
     """
-    loss, first = load_identity_loss(config.recogniser), len(meter.parts)
+    loss, share = load_identity_loss(config.recogniser), _looked_at(config, told)
+    if config.identity_loss_steps:  # all but the last without gradients
+        for index, part in enumerate(meter.parts):
+            if part.name in ("base", "controlnet"):
+                meter.parts[index] = _scaled(part, 1 + share * config.identity_loss_steps, 1 + share)
+    first = len(meter.parts)
     recogniser = loss.recogniser.to("meta")
     if isinstance(loss, IdentityLoss):
         meter.measure("vae decoder", [vae.decoder], lambda latents: decode_latents(vae, latents), drawn)
@@ -215,7 +221,6 @@ def _measure_identity_loss(meter: "_Meter", vae: nn.Module, config: StageConfig,
         return recogniser(drawn)
 
     meter.measure("recogniser", [recogniser], embed, drawn)
-    share = _looked_at(config, told)
     meter.parts[first:] = [_scaled(part, share, share) for part in meter.parts[first:]]
 
 
@@ -286,10 +291,6 @@ def _measure_base_stage(meter: "_Meter", preset: Preset, codes: Tensor | None = 
     _measure_by_depth(meter, transformer, velocity, *text, *kv)
     if preset.train.base.identity_loss_weight:
         config = preset.train.base
-        if config.identity_loss_steps:  # half of the steps before the last on average, without gradients, and one with
-            more = _looked_at(config, config.identity_share)
-            base = next(index for index, part in enumerate(meter.parts) if part.name == "base")
-            meter.parts[base] = _scaled(meter.parts[base], 1 + more * (config.identity_loss_steps + 1) / 2, 1 + more)
         _measure_identity_loss(meter, vae, config, latents.requires_grad_(True), told=config.identity_share)
 
 

@@ -1,6 +1,6 @@
 """Stage `flow`: the encoder and the identity adapter learn flow matching with a frozen base (Sec. 3.3; Eq. 6-7)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,15 +12,16 @@ from omniid.data.few_to_many import Batch
 from omniid.models.encoder import IdentityEncoder, load_weights
 from omniid.models.flux import (
     TEXT_PARTS,
+    TextEmbedding,
     embed_text,
     encode_images,
     load_base,
     normalise_latents,
     predict_velocity,
 )
-from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
+from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, IdentityUse, attach_identities
 from omniid.models.landmark_controlnet import landmark_pictures
-from omniid.train.flow_matching import draw_noise, flow_matching_loss
+from omniid.train.flow_matching import draw_noise, draw_on_the_way, draw_starts, flow_matching_loss
 from omniid.train.identity_loss import IdentityLoss, chosen_targets, identity_distance, load_identity_loss
 from omniid.train.prompt_cache import load_prompt, prompt_path, save_prompt
 
@@ -89,10 +90,14 @@ class FlowStage:
         if control is not None:
             control = control, self._control_weight(len(latents), generators)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
-        error, clean = self._error(codes, latents, control, time, noise)
-        extra, numbers = self._identity_loss(batch, clean, latents)
+        kv = self.adapter.project(codes).repeat(
+            batch.targets.shape[1]
+        )  # every target of a person gets that person's tokens
+        error, clean = self._error(kv, latents, control, time, noise)
+        extra, numbers = self._identity_loss(batch, kv, clean, latents, control, generators)
         if not self.model.training:
-            numbers |= self._identity_gaps(codes, latents, control, time, noise, error)
+            others = self.adapter.project(codes.roll(1, dims=0)).repeat(batch.targets.shape[1])
+            numbers |= self._identity_gaps(kv, others, latents, control, time, noise, error)
         return error + extra, numbers
 
     def weight(self, batch: Batch) -> float:
@@ -123,48 +128,67 @@ class FlowStage:
         """Lets the autoencoder's encoding half go, once batches bring their latents."""
         self.vae.encoder = None
 
-    def _identity_loss(self, batch: Batch, drawn: Tensor, latents: Tensor) -> tuple[Tensor | float, dict[str, Tensor]]:
+    def _identity_loss(
+        self,
+        batch: Batch,
+        kv: IdentityKV,
+        drawn: Tensor,
+        latents: Tensor,
+        control: tuple[Tensor, Tensor | None] | None,
+        generators: Sequence[torch.Generator],
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
         """The weighted identity loss where one is asked for, and it for the log.
 
-        drawn: clean latents (B * T, C, h, w) that were predicted. latents: those of the targets. All times count alike: it is
-        settled who is drawn while there is much noise.
+        kv: of all targets. drawn: clean latents (B * T, C, h, w) that were predicted. latents: those of the targets. All times
+        count alike: it is settled who is drawn while there is much noise.
         """
         if self.identity_loss is None:
             return 0.0, {}
         chosen = chosen_targets(batch, self.config.identity_loss_pictures)
-        drawn, latents = (x[chosen.to(x.device)] for x in (drawn, latents))
+        here = chosen.to(latents.device)
+        if self.config.identity_loss_steps:
+            steps = self.config.identity_loss_steps
+            noise, taken = draw_starts(latents, steps, generators)
+            if control is not None:
+                control = tuple(None if part is None else part[here] for part in control)
+            velocity = self._velocity(self.text.expand(len(latents)).of(here), control)
+            with attach_identities(self.transformer, [IdentityUse(kv.of(here))], for_training=True):
+                drawn = draw_on_the_way(velocity, noise[here], taken[here], steps)
+        else:
+            drawn = drawn[here]
         distance = identity_distance(
-            self.identity_loss, self.vae, batch, chosen, drawn, latents, self.config.identity_loss_temperature
+            self.identity_loss, self.vae, batch, chosen, drawn, latents[here], self.config.identity_loss_temperature
         ).mean()
         return self.config.identity_loss_weight * distance, {"identity_loss": distance}
 
-    def _error(
-        self, codes: Tensor, latents: Tensor, control: tuple[Tensor, Tensor | None] | None, time: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Eq. 7 for latents (B * T, C, h, w) of T targets of each of the B people in codes (B, L, C), and the clean latents
-        x_t - t V that the prediction stands for. control: what the ControlNet reads, and how much of it counts."""
-        # Every target of a person gets that person's tokens.
-        kv = self.adapter.project(codes).repeat(len(latents) // len(codes))
-        text = self.text.expand(len(latents))
-        guidance = torch.full((len(latents),), GUIDANCE, device=latents.device)
+    def _velocity(self, text: TextEmbedding, control: tuple[Tensor, Tensor | None] | None) -> Callable:
+        """(x_t, t) to V with an embedded prompt and control for every picture."""
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            guidance = torch.full((len(noisy),), GUIDANCE, device=noisy.device)
             return predict_velocity(self.transformer, noisy, time, text, guidance, self.controlnet, *(control or ()))
 
+        return velocity
+
+    def _error(
+        self, kv: IdentityKV, latents: Tensor, control: tuple[Tensor, Tensor | None] | None, time: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 7 for latents (B * T, C, h, w) and who they show, and the clean latents x_t - t V that the prediction stands for.
+        control: what the ControlNet reads, and how much of it counts."""
+        velocity = self._velocity(self.text.expand(len(latents)), control)
         with attach_identities(self.transformer, [IdentityUse(kv)], for_training=True):
             errors, clean = flow_matching_loss(velocity, latents, time, noise)
         return errors.mean(), clean
 
     def _identity_gaps(
-        self, codes: Tensor, latents: Tensor, control, time: Tensor, noise: Tensor, error: Tensor
+        self, own: IdentityKV, others: IdentityKV, latents: Tensor, control, time: Tensor, noise: Tensor, error: Tensor
     ) -> dict:
         """Error with the next person's code over `error`, the one with the right code; and the same at `GAP_TIMES`."""
-        others = codes.roll(1, dims=0)
         gaps = {"identity_gap": self._error(others, latents, control, time, noise)[0] / error}
         for level in GAP_TIMES:
             at = torch.full_like(time, level)
-            own, other = (self._error(one, latents, control, at, noise)[0] for one in (codes, others))
-            gaps[f"identity_gap_at_{level}"] = other / own
+            right, wrong = (self._error(one, latents, control, at, noise)[0] for one in (own, others))
+            gaps[f"identity_gap_at_{level}"] = wrong / right
         return gaps
 
     def learning_rate_scale(self, name: str) -> float:

@@ -1,7 +1,6 @@
 """Conditional flow matching (Sec. 3.3; Eq. 6-7), shared by the stages `base` and `flow`."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,17 +48,26 @@ def flow_matching_loss(
     return error, noisy - weight * predicted
 
 
-def draw_on_the_way(
-    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, generator: torch.Generator
-) -> Tensor:
-    """The clean picture (B, C, h, w) that is predicted somewhere on the way of drawing `noise` in `steps` Euler steps.
+def draw_starts(targets: Tensor, steps: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """Noise as x, and for each of the targets x (B, C, h, w) how many of `steps` steps are taken, 0 to steps - 1, (B,).
 
-    How many are taken before is drawn, 0 to steps - 1, the same for the batch; only the prediction has gradients. A noisy photo
-    tells who it shows, what a model drew itself holds nobody but those that it was told of.
+    For `draw_on_the_way`; every generator draws for the same number of targets in turn.
     """
-    taken = int(torch.randint(steps, (), generator=generator))
-    times = torch.linspace(1, 0, steps + 1).tolist()
+    count = len(targets) // len(generators)
+    noise = [torch.randn(count, *targets.shape[1:], generator=generator) for generator in generators]
+    taken = [torch.randint(steps, (count,), generator=generator) for generator in generators]
+    return torch.cat(noise).to(targets.device), torch.cat(taken).to(targets.device)
+
+
+def draw_on_the_way(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, taken: Tensor, steps: int) -> Tensor:
+    """Clean pictures (B, C, h, w), each predicted after `taken` (B,) of the `steps` Euler steps that draw `noise`.
+
+    Only the prediction has gradients. A noisy photo tells who it shows; what a model drew itself holds nobody but those it
+    was told of.
+    """
     with torch.no_grad():
-        for now, after in pairwise(times[: taken + 1]):
-            noise = noise + (after - now) * velocity(noise, noise.new_full((len(noise),), now)).float()
-    return noise - times[taken] * velocity(noise, noise.new_full((len(noise),), times[taken])).float()
+        for step in range(int(taken.max())):
+            moved = noise - velocity(noise, noise.new_full((len(noise),), 1 - step / steps)).float() / steps
+            noise = torch.where((step < taken).view(-1, 1, 1, 1), moved, noise)
+    time = 1 - taken.to(noise) / steps
+    return noise - time.view(-1, 1, 1, 1) * velocity(noise, time).float()

@@ -9,7 +9,7 @@ import torch
 from omniid.data.few_to_many import FewToManyBatches
 from omniid.data.records import open_records
 from omniid.models.latent_recogniser import LatentRecogniser
-from omniid.train.flow_matching import draw_on_the_way
+from omniid.train.flow_matching import draw_on_the_way, draw_starts
 from omniid.train.identity_loss import LatentIdentityLoss, chosen_targets, identity_distance
 
 
@@ -50,20 +50,35 @@ def test_the_loss_is_of_cosines_and_with_a_temperature_of_telling_people_apart(b
     np.testing.assert_allclose(contrast.numpy(), wanted, rtol=1e-4)
 
 
-def test_drawing_on_the_way_ends_anywhere_with_gradients_of_the_last_step():
-    clean, weight = torch.randn(2, 3, 4, 4), torch.ones((), requires_grad=True)
-    taken = set()
-    for seed in range(20):
-        calls, noise = [], torch.randn(2, 3, 4, 4)
+def test_drawing_on_the_way_ends_where_told_with_gradients_of_the_last_step():
+    clean, weight, calls = torch.randn(4, 3, 4, 4), torch.ones((), requires_grad=True), []
 
-        def velocity(noisy, time, calls=calls):
-            calls.append((time.tolist(), torch.is_grad_enabled()))
-            return weight * (noisy - clean) / time.view(-1, 1, 1, 1)  # of straight paths to `clean`
+    def velocity(noisy, time):
+        calls.append((time.tolist(), torch.is_grad_enabled()))
+        return weight * (noisy - clean) / time.view(-1, 1, 1, 1)  # of straight paths to `clean`
 
-        drawn = draw_on_the_way(velocity, noise, 4, torch.Generator().manual_seed(seed))
-        torch.testing.assert_close(drawn, clean, atol=1e-5, rtol=0)
-        taken.add(len(calls))
-        assert [time for time, _ in calls] == [[t, t] for t in (1.0, 0.75, 0.5, 0.25)[: len(calls)]]
-        assert [enabled for _, enabled in calls] == [False] * (len(calls) - 1) + [True]
-        assert torch.autograd.grad(drawn.sum(), weight)[0].isfinite()
-    assert taken == {1, 2, 3, 4}
+    noise = torch.randn(4, 3, 4, 4)
+    drawn = draw_on_the_way(velocity, noise, torch.tensor([2, 0, 3, 1]), 4)
+    torch.testing.assert_close(drawn, clean, atol=1e-5, rtol=0)
+    assert calls == [
+        *(([time] * 4, False) for time in (1.0, 0.75, 0.5)),
+        ([0.5, 1.0, 0.25, 0.75], True),
+    ]
+    assert torch.autograd.grad(drawn.sum(), weight)[0].isfinite()
+    # Each picture stands where its own steps took it: half of the way for two steps of four.
+    stood = []
+    draw_on_the_way(lambda noisy, time: stood.append(noisy) or noise - clean, noise, torch.tensor([2, 0, 3, 1]), 4)
+    for picture, share in zip(range(4), (0.5, 0.0, 0.75, 0.25), strict=True):
+        torch.testing.assert_close(stood[-1][picture], torch.lerp(noise, clean, share)[picture])
+
+
+def test_starts_are_the_same_however_people_are_split():
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in range(3)]
+
+    together = draw_starts(torch.zeros(6, 3, 4, 4), 5, generators())
+    alone = [draw_starts(torch.zeros(2, 3, 4, 4), 5, [one]) for one in generators()]
+    for all_of_it, parts in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(all_of_it, torch.cat(parts))
+    many = draw_starts(torch.zeros(400, 1, 1, 1), 5, [torch.Generator().manual_seed(0)])[1]
+    assert set(many.tolist()) == set(range(5))

@@ -121,6 +121,24 @@ def test_the_identity_loss_reaches_the_adapter(tiny, weights, batch, trained, st
     assert all(parameter.grad is None for parameter in stage.identity_loss.parameters())
 
 
+@pytest.mark.parametrize("stage_class", [FlowStage, ControlStage])
+def test_faces_may_be_drawn_from_noise_alone(tiny, weights, batch, trained, stage_class):
+    """What the identity loss sees then depends on the photos by the person's code, and by the landmarks that control it."""
+    others = dataclasses.replace(batch, targets=batch.targets.flip(-1))
+    seen = []
+    for one, steps in ((batch, 3), (others, 3), (batch, 0), (others, 0)):
+        torch.manual_seed(0)  # of the adapter
+        wishes = {"identity_loss_weight": 0.5, "recogniser": str(trained), "identity_loss_steps": steps}
+        settings = changed(tiny, stage_class.name, identity_loss_pictures=3, conditioning_dropout=0.5, **wishes)
+        stage = stage_class(settings, weights)
+        stage.identity_loss.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        _, numbers = stage.loss(one, identity_generators(0, batch.places))
+        (gradient,) = torch.autograd.grad(numbers["identity_loss"], stage.adapter.to_v_id[0].weight)
+        assert gradient.abs().max() > 0
+    assert torch.equal(seen[0], seen[1]) and len(seen[0]) == 3
+    assert not torch.equal(seen[2], seen[3])
+
+
 def test_a_photo_is_embedded_as_itself(trained):
     loss, latents = LatentIdentityLoss(trained), torch.randn(3, 16, 4, 4)
     mine, wanted = loss(latents, latents)
