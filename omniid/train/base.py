@@ -207,7 +207,9 @@ class BaseStage:
         here = chosen.to(images.device)
         drawn = clean[here]
         if self.config.identity_loss_steps:
-            who, prompts, scales = IdentityUse(identities[0].kv.of(here)), text.of(here), guidance[here]
+            # Captions tell of hair and beard, too; a prompt that does not leaves them to the code.
+            prompts = embed_text(self.pipeline, [self.preset.base.prompt], self.preset.base.max_sequence_length)
+            who, prompts, scales = IdentityUse(identities[0].kv.of(here)), prompts.expand(len(here)), guidance[here]
 
             def own_velocity(noisy: Tensor, time: Tensor) -> Tensor:
                 return predict_velocity(self.model["transformer"], noisy, time, prompts, scales)

@@ -171,7 +171,9 @@ def test_faces_may_be_drawn_from_noise_alone(tiny, weights, records, recogniser)
     weighted = {"identity_loss_weight": 0.5, "recogniser": str(recogniser), "identity_loss_steps": 3}
     batch = FewToManyBatches(open_records(records, "train"), 32, 4, (1, 2), 2, seed=0, steps=1, landmarks=True)[0]
     batch = batch.to_device(torch.device("cpu"))
-    others = dataclasses.replace(batch, targets=batch.targets.flip(-1))
+    captions = [[caption.replace("e", "o") for caption in own] for own in batch.captions]
+    assert captions != batch.captions
+    others = dataclasses.replace(batch, targets=batch.targets.flip(-1), captions=captions)
     seen, gradients = [], []
     for one, steps in ((batch, 3), (others, 3), (batch, 0), (others, 0)):
         torch.manual_seed(0)  # of the adapter
