@@ -207,17 +207,7 @@ class BaseStage:
         here = chosen.to(images.device)
         drawn = clean[here]
         if self.config.identity_loss_steps:
-            # Captions tell of hair and beard, too; a prompt that does not leaves them to the code.
-            prompts = embed_text(self.pipeline, [self.preset.base.prompt], self.preset.base.max_sequence_length)
-            who, prompts, scales = IdentityUse(identities[0].kv.of(here)), prompts.expand(len(here)), guidance[here]
-
-            def own_velocity(noisy: Tensor, time: Tensor) -> Tensor:
-                return predict_velocity(self.model["transformer"], noisy, time, prompts, scales)
-
-            steps = self.config.identity_loss_steps
-            pure, taken = draw_starts(drawn, steps, [generator])
-            with attach_identities(self.model["transformer"], [who], for_training=True):
-                drawn = draw_on_the_way(own_velocity, pure, taken, steps)
+            drawn = self._drawn_from_noise(identities[0].kv.of(here), guidance[here], drawn, generator)
         distance = identity_distance(
             self.identity_loss, self.vae, batch, chosen, drawn, latents[here], self.config.identity_loss_temperature
         ).mean()
@@ -229,6 +219,19 @@ class BaseStage:
             codes = self.encoder.to(batch.inputs.device)(batch.inputs, batch.cu_inputs)
         kv = self.adapter.project(codes).repeat(batch.targets.shape[1])
         return IdentityUse(IdentityKV(kv.keys, kv.values * is_told.to(kv.values).view(1, -1, 1, 1, 1)))
+
+    def _drawn_from_noise(self, kv: IdentityKV, guidance: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Clean latents as `like` (N, C, h, w) of N people, by the prompt of stage `flow`: captions tell of hair and beard, too, and
+        would leave less to the code."""
+        prompt = embed_text(self.pipeline, [self.preset.base.prompt], self.preset.base.max_sequence_length)
+        steps, text = self.config.identity_loss_steps, prompt.expand(len(like))
+
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            return predict_velocity(self.model["transformer"], noisy, time, text, guidance)
+
+        noise, taken = draw_starts(like, steps, [generator])
+        with attach_identities(self.model["transformer"], [IdentityUse(kv)], for_training=True):
+            return draw_on_the_way(velocity, noise, taken, steps)
 
     def weight(self, batch: Batch) -> float:
         return 1.0
