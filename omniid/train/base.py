@@ -221,8 +221,10 @@ class BaseStage:
         return IdentityUse(IdentityKV(kv.keys, kv.values * is_told.to(kv.values).view(1, -1, 1, 1, 1)))
 
     def _drawn_from_noise(self, kv: IdentityKV, guidance: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
-        """Clean latents as `like` (N, C, h, w) of N people, by the prompt of stage `flow`: captions tell of hair and beard, too, and
-        would leave less to the code."""
+        """Clean latents as `like` (N, C, h, w) of N people, by the prompt of stage `flow`.
+
+        Captions tell of hair and beard, too, so that less is left to the code.
+        """
         prompt = embed_text(self.pipeline, [self.preset.base.prompt], self.preset.base.max_sequence_length)
         steps, text = self.config.identity_loss_steps, prompt.expand(len(like))
 
