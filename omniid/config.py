@@ -242,11 +242,11 @@ class StageConfig:
     """Flow, control and t2i stages, and base with `identity_share`: weight of the identity loss beside Eq. 7; 0 leaves it out, as
     the paper does."""
     identity_loss_pictures: int = 0
-    """Targets of a batch that the identity loss looks at, each person's first before anybody's second; 0 means all. A recogniser
-    of pictures may cost more than the rest of a step."""
+    """Targets that the identity loss looks at, of those that a process sees at once, each person's first before anybody's second;
+    0 means all. A recogniser of pictures may cost more than the rest of a step."""
     identity_loss_temperature: float = 0.0
-    """Above 0 the identity loss is the cross-entropy of finding a drawn face's own photo among those of the batch's other people,
-    by cosines over this temperature, instead of 1 - cos."""
+    """Above 0 the identity loss is the cross-entropy of finding a drawn face's own photo among those of the other people that a
+    process sees at once, by cosines over this temperature, instead of 1 - cos."""
     identity_loss_steps: int = 0
     """The identity loss looks at what is drawn from noise alone, somewhere on the way of so many steps, and not at what is
     predicted from noisy photos, which show the person themselves. 0 leaves it at these."""

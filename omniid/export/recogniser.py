@@ -10,7 +10,7 @@ from omniid.export.onnx import require
 from omniid.export.onnx_runtime import open_session
 from omniid.export.parity import LEAST_COSINE, Measure, ParityReport
 from omniid.files import atomic_path
-from omniid.models.onnx_recogniser import CHIP_SIZE, OnnxRecogniser
+from omniid.models.onnx_recogniser import ARCFACE_SIZE, OnnxRecogniser
 
 NUM_FACES = 4
 
@@ -28,7 +28,7 @@ def export_recogniser(
 
     output = Path(output)
     recogniser = OnnxRecogniser(source, mean, std).requires_grad_(False).eval()
-    faces = torch.rand(NUM_FACES, 3, CHIP_SIZE, CHIP_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    faces = torch.rand(NUM_FACES, 3, ARCFACE_SIZE, ARCFACE_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     session = open_session(ir.load(source))
     name = session.get_inputs()[0].name
     wanted = [

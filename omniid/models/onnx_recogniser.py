@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from omniid.errors import OmniIDError
 
-CHIP_SIZE = 112
+ARCFACE_SIZE = 112
+"""Pixels of the aligned crops that ArcFace networks read."""
 
 
 class OnnxRecogniser(nn.Module):
@@ -70,10 +71,10 @@ class OnnxRecogniser(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
         try:
             with torch.no_grad():
-                shape = tuple(self(torch.zeros(3, 3, CHIP_SIZE, CHIP_SIZE)).shape)
+                shape = tuple(self(torch.zeros(3, 3, ARCFACE_SIZE, ARCFACE_SIZE)).shape)
         except (RuntimeError, TypeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise OmniIDError(f"{path} does not take faces (3, 3, {CHIP_SIZE}, {CHIP_SIZE}): {reason}") from error
+            raise OmniIDError(f"{path} does not take faces (3, 3, {ARCFACE_SIZE}, {ARCFACE_SIZE}): {reason}") from error
         if len(shape) != 2 or shape[0] != 3:
             raise OmniIDError(f"{path} gives {shape} for three faces, expected embeddings (3, D)")
 

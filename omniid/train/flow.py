@@ -90,9 +90,8 @@ class FlowStage:
         if control is not None:
             control = control, self._control_weight(len(latents), generators)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
-        kv = self.adapter.project(codes).repeat(
-            batch.targets.shape[1]
-        )  # every target of a person gets that person's tokens
+        # Every target of a person gets that person's tokens.
+        kv = self.adapter.project(codes).repeat(batch.targets.shape[1])
         error, clean = self._error(kv, latents, control, time, noise)
         extra, numbers = self._identity_loss(batch, kv, clean, latents, control, generators)
         if not self.model.training:

@@ -18,8 +18,8 @@ from omniid.faces.align import similarity
 from omniid.faces.landmarks import check_landmarks
 from omniid.models.flux import decode_latents
 from omniid.models.latent_recogniser import LatentRecogniser
+from omniid.models.onnx_recogniser import ARCFACE_SIZE
 
-ARCFACE_SIZE = 112
 ARCFACE_TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [41.5493, 92.3655], [70.7299, 92.2041]])
 """(4, 2) in pixels of the crop that ArcFace networks are trained on: eye centres, mouth corners."""
 POINTS = [0, 1, 3, 4]
@@ -27,7 +27,7 @@ POINTS = [0, 1, 3, 4]
 
 
 class IdentityLoss(nn.Module):
-    """A frozen recogniser, (N, 3, 112, 112) RGB in [-1, 1] to embeddings (N, D), and the loss it gives."""
+    """By a frozen recogniser of pictures, (N, 3, 112, 112) RGB in [-1, 1] to embeddings (N, D)."""
 
     def __init__(self, path: str | Path):
         """path: as of `load_recogniser`."""
@@ -50,7 +50,7 @@ class IdentityLoss(nn.Module):
 
 
 class LatentIdentityLoss(nn.Module):
-    """The loss that a frozen `LatentRecogniser` gives."""
+    """By a frozen `LatentRecogniser`."""
 
     def __init__(self, path: str | Path):
         """path: what stage `recogniser` exported. Raises OmniIDError where it cannot be used."""
