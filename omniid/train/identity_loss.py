@@ -2,8 +2,8 @@
 
 1 - cos between the recogniser's embeddings of the drawn and the photographed face. A recogniser of pictures sees both
 decoded and aligned by the photo's landmarks; one of latents, which stage `recogniser` trains, sees the latents themselves and
-costs next to nothing. Not part of the paper; ID-preserving adapters commonly add it. With a temperature it is InfoNCE (van den Oord
-et al. 2018); on faces drawn from noise alone it follows PuLID (Guo et al. 2024).
+costs next to nothing. Not part of the paper; ID-preserving adapters commonly add it. With a temperature it is InfoNCE (Oord et
+al. 2018); on faces drawn from noise alone it follows PuLID (Guo et al. 2024).
 """
 
 from pathlib import Path
