@@ -308,6 +308,16 @@ class StageConfig:
         )
         for name in ("identity_loss_pictures", "identity_loss_temperature", "identity_loss_steps"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+            _require(
+                getattr(self, name) == 0 or self.identity_loss_weight > 0,
+                f"{name} is about the identity loss; set identity_loss_weight too, or leave it out",
+            )
+        alone = self.tokens_per_batch == 0 and self.batch_identities < 2 * self.accumulation
+        _require(
+            self.identity_loss_temperature == 0 or not (alone or self.identity_loss_pictures == 1),
+            "identity_loss_temperature compares people; at least 2 must be seen at once: see batch_identities, accumulation and "
+            "identity_loss_pictures",
+        )
         _require(self.tokens_per_batch >= 0, f"tokens_per_batch must not be negative, got {self.tokens_per_batch}")
         counts = ("steps", "batch_identities", "accumulation", "num_targets", "log_every", "save_every", "sample_every")
         for name in counts:

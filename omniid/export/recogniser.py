@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from omniid.export.onnx import require
 from omniid.export.onnx_runtime import open_session
 from omniid.export.parity import LEAST_COSINE, Measure, ParityReport
+from omniid.faces.full import RECOGNISER_SIZE
 from omniid.files import atomic_path
-from omniid.models.onnx_recogniser import ARCFACE_SIZE, OnnxRecogniser
+from omniid.models.onnx_recogniser import OnnxRecogniser
 
 NUM_FACES = 4
 
@@ -28,7 +29,9 @@ def export_recogniser(
 
     output = Path(output)
     recogniser = OnnxRecogniser(source, mean, std).requires_grad_(False).eval()
-    faces = torch.rand(NUM_FACES, 3, ARCFACE_SIZE, ARCFACE_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    faces = (
+        torch.rand(NUM_FACES, 3, RECOGNISER_SIZE, RECOGNISER_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )
     session = open_session(ir.load(source))
     name = session.get_inputs()[0].name
     wanted = [

@@ -4,6 +4,7 @@ Such files run in ONNX Runtime, which computes no gradients, and often with a ba
 a dozen operations; each is the PyTorch function of the same definition.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniid.errors import OmniIDError
-
-ARCFACE_SIZE = 112
-"""Pixels of the aligned crops that ArcFace networks read."""
+from omniid.faces.full import RECOGNISER_SIZE
 
 
 class OnnxRecogniser(nn.Module):
@@ -23,14 +22,16 @@ class OnnxRecogniser(nn.Module):
 
     def __init__(self, path: str | Path, mean: tuple[float, ...] = (0.5,), std: tuple[float, ...] = (0.5,)):
         """mean, std: of RGB in [0, 1], for all channels or each, by which the network's pixels are normalised; the usual
-        0.5 and 0.5 leave [-1, 1]. Raises OmniIDError for a file that is no ONNX network of one picture to one embedding, and
-        for operations that are not known here."""
+        0.5 and 0.5 leave [-1, 1]. Raises OmniIDError for such numbers that cannot be, a file that is no ONNX network of one
+        picture to one embedding, and operations that are not known here."""
         super().__init__()
         try:
             import onnx
             from onnx import numpy_helper
         except ImportError as error:
             raise OmniIDError("an ONNX recogniser needs onnx: pip install 'omniid[export]'") from error
+        if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+            raise OmniIDError(f"mean and std must be numbers, std above 0, got {list(mean)} and {list(std)}")
         path = Path(path)
         if not path.is_file():
             raise OmniIDError(f"there is no recogniser at {path}")
@@ -71,10 +72,12 @@ class OnnxRecogniser(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
         try:
             with torch.no_grad():
-                shape = tuple(self(torch.zeros(3, 3, ARCFACE_SIZE, ARCFACE_SIZE)).shape)
+                shape = tuple(self(torch.zeros(3, 3, RECOGNISER_SIZE, RECOGNISER_SIZE)).shape)
         except (RuntimeError, TypeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise OmniIDError(f"{path} does not take faces (3, 3, {ARCFACE_SIZE}, {ARCFACE_SIZE}): {reason}") from error
+            raise OmniIDError(
+                f"{path} does not take faces (3, 3, {RECOGNISER_SIZE}, {RECOGNISER_SIZE}): {reason}"
+            ) from error
         if len(shape) != 2 or shape[0] != 3:
             raise OmniIDError(f"{path} gives {shape} for three faces, expected embeddings (3, D)")
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from omniid.baselines import encoder_class
 from omniid.config import BaseConfig, Preset, StageConfig
+from omniid.faces.full import RECOGNISER_SIZE
 from omniid.models.flux import (
     TextEmbedding,
     base_without_weights,
@@ -37,7 +38,7 @@ from omniid.models.landmark_controlnet import build_landmark_controlnet
 from omniid.models.latent_recogniser import LatentRecogniser
 from omniid.models.masked_decoder import MaskedDecoder
 from omniid.train.base import require_sizes
-from omniid.train.identity_loss import ARCFACE_SIZE, IdentityLoss, load_identity_loss
+from omniid.train.identity_loss import IdentityLoss, load_identity_loss
 from omniid.train.memory import recompute_blocks
 
 FACE_SHARE = 0.45
@@ -213,7 +214,7 @@ def _measure_identity_loss(meter: "_Meter", vae: nn.Module, config: StageConfig,
     if isinstance(loss, IdentityLoss):
         meter.measure("vae decoder", [vae.decoder], lambda latents: decode_latents(vae, latents), drawn)
         with torch.device("meta"):
-            drawn = torch.empty(len(drawn), 3, ARCFACE_SIZE, ARCFACE_SIZE, requires_grad=True)
+            drawn = torch.empty(len(drawn), 3, RECOGNISER_SIZE, RECOGNISER_SIZE, requires_grad=True)
 
     def embed(drawn: Tensor) -> Tensor:
         with torch.no_grad():

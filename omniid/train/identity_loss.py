@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from omniid.data.few_to_many import Batch
 from omniid.errors import OmniIDError
 from omniid.faces.align import similarity
+from omniid.faces.full import RECOGNISER_POINTS, RECOGNISER_SIZE
 from omniid.faces.landmarks import check_landmarks
 from omniid.models.flux import decode_latents
 from omniid.models.latent_recogniser import LatentRecogniser
-from omniid.models.onnx_recogniser import ARCFACE_SIZE
 
-ARCFACE_TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [41.5493, 92.3655], [70.7299, 92.2041]])
-"""(4, 2) in pixels of the crop that ArcFace networks are trained on: eye centres, mouth corners."""
 POINTS = [0, 1, 3, 4]
-"""The same among the 66 landmarks."""
+"""Eye centres and mouth corners, among the 66 landmarks."""
+ARCFACE_TEMPLATE = RECOGNISER_POINTS[POINTS]
+"""(4, 2) where they lie in the crop that ArcFace networks are trained on."""
 
 
 class IdentityLoss(nn.Module):
@@ -122,12 +122,12 @@ def load_recogniser(path: str | Path) -> nn.Module:
         raise OmniIDError(f"there is no recogniser at {path}; make one with omniid export recogniser")
     try:
         recogniser = torch.export.load(path).module().requires_grad_(False)
-        embeddings = recogniser(torch.zeros(3, 3, ARCFACE_SIZE, ARCFACE_SIZE))
+        embeddings = recogniser(torch.zeros(3, 3, RECOGNISER_SIZE, RECOGNISER_SIZE))
     except Exception as error:  # torch raises many kinds, for damaged files and for graphs of another signature
         reason = str(error).strip().splitlines()[0]
         raise OmniIDError(
             f"the recogniser {path} cannot be used ({reason}); it must be saved by torch.export.save "
-            f"and take (N, 3, {ARCFACE_SIZE}, {ARCFACE_SIZE}) with any N"
+            f"and take (N, 3, {RECOGNISER_SIZE}, {RECOGNISER_SIZE}) with any N"
         ) from error
     if embeddings.dim() != 2:
         raise OmniIDError(f"the recogniser {path} gives {tuple(embeddings.shape)}, expected embeddings (N, D)")
@@ -136,7 +136,7 @@ def load_recogniser(path: str | Path) -> nn.Module:
 
 def aligned_grid(landmarks: np.ndarray, size: tuple[int, int]) -> Tensor:
     """Where the aligned crops look: (N, 112, 112, 2) for `grid_sample` on pictures of `size` (height, width)."""
-    places = np.stack(np.meshgrid(*[np.arange(ARCFACE_SIZE) + 0.5] * 2), axis=-1)  # x, y of pixel centres
+    places = np.stack(np.meshgrid(*[np.arange(RECOGNISER_SIZE) + 0.5] * 2), axis=-1)  # x, y of pixel centres
     limits = np.array(size[::-1])
     grids = []
     for points in check_landmarks(landmarks):

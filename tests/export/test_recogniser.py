@@ -131,4 +131,5 @@ def test_the_command_reports_and_refuses(network, tmp_path):
     assert wrong.exit_code == 2
     assert "'1,2' is not one number or three" in wrong.output
     zero = CliRunner().invoke(main, [*command, "--std", "0"])
-    assert zero.exit_code == 1  # nothing finite is left to compare
+    assert zero.exit_code == 1
+    assert "std above 0, got [0.5] and [0.0]" in zero.output

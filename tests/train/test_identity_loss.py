@@ -1,11 +1,13 @@
 """The identity loss compares drawn faces with photos of those that they are meant to show."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from omniid.config import ConfigError
 from omniid.data.few_to_many import FewToManyBatches
 from omniid.data.records import open_records
 from omniid.models.latent_recogniser import LatentRecogniser
@@ -48,6 +50,20 @@ def test_the_loss_is_of_cosines_and_with_a_temperature_of_telling_people_apart(b
     ]
     contrast = identity_distance(loss, None, batch, chosen, drawn, latents, temperature=0.2)
     np.testing.assert_allclose(contrast.numpy(), wanted, rtol=1e-4)
+
+
+def test_settings_that_cannot_act_are_refused(tiny):
+    def settings(**changes):
+        return dataclasses.replace(tiny.train.flow, recogniser="x.pt2", **changes)
+
+    for name in ("identity_loss_pictures", "identity_loss_temperature", "identity_loss_steps"):
+        with pytest.raises(ConfigError, match=f"{name} is about the identity loss; set identity_loss_weight too"):
+            settings(**{name: 1})
+    asked = {"identity_loss_weight": 0.5, "identity_loss_temperature": 0.1}
+    assert settings(**asked, batch_identities=4, accumulation=2).identity_loss_temperature == 0.1
+    for alone in ({"batch_identities": 4, "accumulation": 4}, {"identity_loss_pictures": 1}):
+        with pytest.raises(ConfigError, match="compares people; at least 2 must be seen at once"):
+            settings(**asked, **alone)
 
 
 def test_drawing_on_the_way_ends_where_told_with_gradients_of_the_last_step():
