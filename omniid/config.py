@@ -239,8 +239,8 @@ class StageConfig:
     keep_controlnet: bool = False
     """T2i stage only: a frozen landmark ControlNet tells the pose while training; pictures are drawn without it."""
     identity_loss_weight: float = 0.0
-    """Flow, control and t2i stages, and base with `identity_share`: weight of the identity loss beside Eq. 7; 0 leaves it out, as
-    the paper does."""
+    """Flow, control and t2i stages, and base with `identity_share`: weight of the identity loss beside Eq. 7. Mtd stage: beside
+    Eq. 5, of what a linear map reads from the codes, so that they tell people apart. 0 leaves it out, as the paper does."""
     identity_loss_pictures: int = 0
     """Targets that the identity loss looks at, of those that a process sees at once, each person's first before anybody's second;
     0 means all. A recogniser of pictures may cost more than the rest of a step."""

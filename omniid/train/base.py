@@ -228,12 +228,12 @@ class BaseStage:
         prompt = embed_text(self.pipeline, [self.preset.base.prompt], self.preset.base.max_sequence_length)
         steps, text = self.config.identity_loss_steps, prompt.expand(len(like))
 
-        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            return predict_velocity(self.model["transformer"], noisy, time, text, guidance)
+        def velocity(noisy: Tensor, time: Tensor, rows: Tensor) -> Tensor:
+            with attach_identities(self.model["transformer"], [IdentityUse(kv.of(rows))], for_training=True):
+                return predict_velocity(self.model["transformer"], noisy, time, text.of(rows), guidance[rows])
 
         noise, taken = draw_starts(like, steps, [generator])
-        with attach_identities(self.model["transformer"], [IdentityUse(kv)], for_training=True):
-            return draw_on_the_way(velocity, noise, taken, steps)
+        return draw_on_the_way(velocity, noise, taken, steps)
 
     def weight(self, batch: Batch) -> float:
         return 1.0

@@ -40,6 +40,7 @@ from omniid.models.masked_decoder import MaskedDecoder
 from omniid.train.base import require_sizes
 from omniid.train.identity_loss import IdentityLoss, load_identity_loss
 from omniid.train.memory import recompute_blocks
+from omniid.train.mtd import photo_identity_loss
 
 FACE_SHARE = 0.45
 """Share of a target's patches that meet its face mask: a face fills about half of an aligned crop (assumed)."""
@@ -112,6 +113,8 @@ def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list
         return meter.parts
     if stage == "mtd":
         _measure_decoder(meter, preset, *codes)
+        if config.identity_loss_weight:
+            _measure_identity_head(meter, config, *codes)
     else:
         _measure_flow(meter, preset, config, *codes, stage=stage)
     return meter.parts
@@ -144,6 +147,19 @@ def _measure_decoder(meter: "_Meter", preset: Preset, codes: Tensor, fast_rows: 
         return decoder.head(decoder.norm(rows))
 
     meter.measure("decoder", [decoder], reconstruct, codes)
+
+
+def _measure_identity_head(meter: "_Meter", config: StageConfig, codes: Tensor) -> None:
+    """What stage `mtd` adds for its identity loss: the map that reads codes, and the recogniser on the targets looked at."""
+    loss, share = photo_identity_loss(config), _looked_at(config, 1.0)
+    recogniser = loss.recogniser.to("meta")
+    with torch.device("meta"):
+        head = nn.Linear(codes[0].numel(), loss.embedding_dim)
+        photos = torch.empty(len(codes) * config.num_targets, 3, RECOGNISER_SIZE, RECOGNISER_SIZE)
+    meter.measure("identity head", [head], lambda codes: head(codes.flatten(1)), codes)
+    with torch.no_grad():
+        meter.measure("recogniser", [recogniser], recogniser, photos)
+    meter.parts[-1] = _scaled(meter.parts[-1], share, share)
 
 
 def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: Tensor, stage: str) -> None:
@@ -205,10 +221,11 @@ def _measure_identity_loss(meter: "_Meter", vae: nn.Module, config: StageConfig,
     are drawn from noise, the base's part grows by it.
     """
     loss, share = load_identity_loss(config.recogniser), _looked_at(config, told)
-    if config.identity_loss_steps:  # all but the last without gradients
+    if config.identity_loss_steps:  # half of the steps before the last, on average, which have no gradients
+        passes = 1 + (config.identity_loss_steps - 1) / 2
         for index, part in enumerate(meter.parts):
             if part.name in ("base", "controlnet"):
-                meter.parts[index] = _scaled(part, 1 + share * config.identity_loss_steps, 1 + share)
+                meter.parts[index] = _scaled(part, 1 + share * passes, 1 + share)
     first = len(meter.parts)
     recogniser = loss.recogniser.to("meta")
     if isinstance(loss, IdentityLoss):

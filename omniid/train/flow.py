@@ -147,12 +147,16 @@ class FlowStage:
         here = chosen.to(latents.device)
         if self.config.identity_loss_steps:
             steps = self.config.identity_loss_steps
+            text = self.text.expand(len(latents))
+
+            def velocity(noisy: Tensor, time: Tensor, rows: Tensor) -> Tensor:
+                rows = here[rows]
+                own = None if control is None else tuple(None if part is None else part[rows] for part in control)
+                with attach_identities(self.transformer, [IdentityUse(kv.of(rows))], for_training=True):
+                    return self._velocity(text.of(rows), own)(noisy, time)
+
             noise, taken = draw_starts(latents, steps, generators)
-            if control is not None:
-                control = tuple(None if part is None else part[here] for part in control)
-            velocity = self._velocity(self.text.expand(len(latents)).of(here), control)
-            with attach_identities(self.transformer, [IdentityUse(kv.of(here))], for_training=True):
-                drawn = draw_on_the_way(velocity, noise[here], taken[here], steps)
+            drawn = draw_on_the_way(velocity, noise[here], taken[here], steps)
         else:
             drawn = drawn[here]
         distance = identity_distance(

@@ -59,15 +59,18 @@ def draw_starts(targets: Tensor, steps: int, generators: Sequence[torch.Generato
     return torch.cat(noise).to(targets.device), torch.cat(taken).to(targets.device)
 
 
-def draw_on_the_way(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, taken: Tensor, steps: int) -> Tensor:
+def draw_on_the_way(
+    velocity: Callable[[Tensor, Tensor, Tensor], Tensor], noise: Tensor, taken: Tensor, steps: int
+) -> Tensor:
     """Clean pictures (B, C, h, w), each predicted after `taken` (B,) of the `steps` Euler steps that draw `noise`.
 
     Only the prediction has gradients. A noisy photo tells who it shows; what a model drew itself holds nobody but those it
-    was told of.
+    was told of. velocity: x_t (N, C, h, w), t (N,) and which pictures these are, indices (N,), to V (N, C, h, w).
     """
+    noisy = noise.clone()
     with torch.no_grad():
         for step in range(int(taken.max())):
-            moved = noise - velocity(noise, noise.new_full((len(noise),), 1 - step / steps)).float() / steps
-            noise = torch.where((step < taken).view(-1, 1, 1, 1), moved, noise)
-    time = 1 - taken.to(noise) / steps
-    return noise - time.view(-1, 1, 1, 1) * velocity(noise, time).float()
+            rows = (taken > step).nonzero().flatten()
+            noisy[rows] -= velocity(noisy[rows], noisy.new_full((len(rows),), 1 - step / steps), rows).float() / steps
+    time = 1 - taken.to(noisy) / steps
+    return noisy - time.view(-1, 1, 1, 1) * velocity(noisy, time, torch.arange(len(noisy), device=noisy.device)).float()

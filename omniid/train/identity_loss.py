@@ -34,20 +34,17 @@ class IdentityLoss(nn.Module):
         """path: as of `load_recogniser`."""
         super().__init__()
         self.recogniser = load_recogniser(path)
-
-    def forward(self, drawn: Tensor, photos: Tensor, landmarks: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Embeddings (N, D) of length 1 of the drawn faces, with gradients, and of the photographed ones.
-
-        drawn, photos: (N, 3, H, W) in [-1, 1]. landmarks: (N, 66, 2) in pixels of the photos.
-        """
-        grid = aligned_grid(landmarks, photos.shape[-2:]).to(drawn.device)
-        drawn, photos = (
-            F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-            for images in (drawn, photos)
-        )
         with torch.no_grad():
-            wanted = self.recogniser(photos)
-        return F.normalize(self.recogniser(drawn).float(), dim=-1), F.normalize(wanted.float(), dim=-1)
+            self.embedding_dim = self.recogniser(torch.zeros(1, 3, RECOGNISER_SIZE, RECOGNISER_SIZE)).shape[1]
+
+    def forward(self, images: Tensor, landmarks: np.ndarray) -> Tensor:
+        """Embeddings (N, D) of length 1 of the faces in images (N, 3, H, W) in [-1, 1], with gradients to these.
+
+        landmarks: (N, 66, 2) in pixels of the images.
+        """
+        grid = aligned_grid(landmarks, images.shape[-2:]).to(images.device)
+        aligned = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        return F.normalize(self.recogniser(aligned).float(), dim=-1)
 
 
 class LatentIdentityLoss(nn.Module):
@@ -58,11 +55,9 @@ class LatentIdentityLoss(nn.Module):
         super().__init__()
         self.recogniser = LatentRecogniser.load(path).requires_grad_(False)
 
-    def forward(self, drawn: Tensor, photos: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (N, D) of length 1 of normalised latents (N, C, h, w), with gradients to `drawn`."""
-        with torch.no_grad():
-            wanted = self.recogniser(photos)
-        return self.recogniser(drawn), wanted
+    def forward(self, latents: Tensor) -> Tensor:
+        """Embeddings (N, D) of length 1 of normalised latents (N, C, h, w), with gradients to these."""
+        return self.recogniser(latents)
 
 
 def chosen_targets(batch: Batch, limit: int = 0, counted: Tensor | None = None) -> Tensor:
@@ -94,17 +89,41 @@ def identity_distance(
     """
     loss.to(drawn.device)
     if isinstance(loss, LatentIdentityLoss):
-        mine, wanted = loss(drawn, latents)
+        mine, wanted = loss(drawn), _without_gradients(loss, latents)
     else:
-        landmarks = batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])[chosen.numpy()]
-        photos = batch.targets.flatten(0, 1)[chosen.to(drawn.device)]
-        mine, wanted = loss(decode_latents(vae, drawn), photos, landmarks)
+        mine = loss(decode_latents(vae, drawn), _landmarks(batch, chosen))
+        wanted = photo_embeddings(loss, batch, chosen)
+    return distances(mine, wanted, chosen // batch.targets.shape[1], temperature)
+
+
+def photo_embeddings(loss: IdentityLoss, batch: Batch, chosen: Tensor) -> Tensor:
+    """Embeddings (N, D) of length 1 of the photos that are the `chosen` targets (N,), without gradients."""
+    photos = batch.targets.flatten(0, 1)[chosen.to(batch.targets.device)]
+    return _without_gradients(loss, photos, _landmarks(batch, chosen))
+
+
+def distances(mine: Tensor, wanted: Tensor, person: Tensor, temperature: float = 0.0) -> Tensor:
+    """How far embeddings (N, D) of length 1 are from the wanted ones of the same rows, (N,): see `identity_distance`.
+
+    person: (N,), who the rows are of; rows of the same person are not told apart.
+    """
     if temperature == 0:
         return 1 - (mine * wanted).sum(dim=-1)
-    person = (chosen // batch.targets.shape[1]).to(drawn.device)
-    itself = torch.eye(len(chosen), dtype=torch.bool, device=drawn.device)
-    cosines = (mine @ wanted.T / temperature).masked_fill((person[:, None] == person) & ~itself, -torch.inf)
-    return F.cross_entropy(cosines, torch.arange(len(chosen), device=drawn.device), reduction="none")
+    person = person.to(mine.device)
+    itself = torch.eye(len(mine), dtype=torch.bool, device=mine.device)
+    with torch.autocast(mine.device.type, enabled=False):  # bf16 is as coarse as small differences of cosines
+        cosines = mine @ wanted.T
+    cosines = (cosines / temperature).masked_fill((person[:, None] == person) & ~itself, -torch.inf)
+    return F.cross_entropy(cosines, torch.arange(len(mine), device=mine.device), reduction="none")
+
+
+def _landmarks(batch: Batch, chosen: Tensor) -> np.ndarray:
+    return batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])[chosen.numpy()]
+
+
+@torch.no_grad()
+def _without_gradients(loss: nn.Module, *inputs) -> Tensor:
+    return loss(*inputs)
 
 
 def load_identity_loss(path: str | Path) -> IdentityLoss | LatentIdentityLoss:

@@ -5,14 +5,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omniid.config import Preset
+from omniid.config import ConfigError, Preset, StageConfig
 from omniid.data.few_to_many import Batch
 from omniid.evaluate.reconstruction import colour_free
 from omniid.losses import masked_l1
 from omniid.models.encoder import OmniIDEncoder, load_weights, save_weights
 from omniid.models.masked_decoder import MaskedDecoder, patchify, unpatchify
+from omniid.train.identity_loss import (
+    IdentityLoss,
+    chosen_targets,
+    distances,
+    load_identity_loss,
+    photo_embeddings,
+)
 
 
 class MTDStage:
@@ -29,6 +37,13 @@ class MTDStage:
         self.config = preset.train.mtd
         if self.config.encoder_lr_scale == 0:
             self.encoder.requires_grad_(False)
+        self.identity_loss = None
+        if self.config.identity_loss_weight:
+            self.identity_loss = photo_identity_loss(self.config)
+            self.model["identity_head"] = nn.Linear(
+                preset.encoder.num_queries * preset.encoder.width, self.identity_loss.embedding_dim
+            )
+        self.needs_landmarks = self.identity_loss is not None
 
     def load(self, folder: Path) -> None:
         """Takes encoder and decoder from a weights folder instead of fresh ones."""
@@ -41,7 +56,19 @@ class MTDStage:
         visible = visible.to(batch.targets.device)
         codes = self.encoder(batch.inputs, batch.cu_inputs)
         error = self.decoder.loss(codes, batch.targets, batch.masks, visible)
-        return error, {} if self.model.training else self._identity(codes, batch, visible)
+        numbers = {} if self.model.training else self._identity(codes, batch, visible)
+        if self.identity_loss is None:
+            return error, numbers
+        distance = self._identity_distance(codes, batch)
+        return error + self.config.identity_loss_weight * distance, numbers | {"identity_loss": distance}
+
+    def _identity_distance(self, codes: Tensor, batch: Batch) -> Tensor:
+        """How far what a linear map reads from the codes is from the recogniser's embeddings of the targets."""
+        chosen = chosen_targets(batch, self.config.identity_loss_pictures)
+        person = chosen // batch.targets.shape[1]
+        read = F.normalize(self.model["identity_head"](codes.flatten(1)).float(), dim=-1)[person.to(codes.device)]
+        wanted = photo_embeddings(self.identity_loss.to(codes.device), batch, chosen)
+        return distances(read, wanted, person, self.config.identity_loss_temperature).mean()
 
     def weight(self, batch: Batch) -> float:
         """Face pixels: Eq. 5 is a mean over them."""
@@ -96,6 +123,21 @@ class MTDStage:
         save_weights(
             self.decoder, folder / "decoder.safetensors", {"encoder": self.encoder.fingerprint()}, torch.bfloat16
         )
+
+
+def photo_identity_loss(config: StageConfig) -> IdentityLoss:
+    """Raises ConfigError for settings of the identity loss that this stage, which draws nothing, cannot follow."""
+    if config.encoder_lr_scale == 0:
+        raise ConfigError("the identity loss of stage mtd teaches the encoder; leave it out with encoder_lr_scale = 0")
+    if config.identity_loss_steps:
+        raise ConfigError("identity_loss_steps is for stages that draw from noise; leave it out of [train.mtd]")
+    loss = load_identity_loss(config.recogniser)
+    if not isinstance(loss, IdentityLoss):
+        raise ConfigError(
+            "the identity loss of stage mtd needs a recogniser of pictures, as omniid export recogniser makes, "
+            f"and {config.recogniser} reads latents"
+        )
+    return loss
 
 
 def hide_masked(images: Tensor, visible: Tensor, patch_size: int) -> Tensor:

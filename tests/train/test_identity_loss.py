@@ -36,7 +36,7 @@ def test_the_loss_is_of_cosines_and_with_a_temperature_of_telling_people_apart(b
     loss = LatentIdentityLoss(tmp_path / "recogniser.safetensors")
     chosen = chosen_targets(batch, 6)
     drawn, latents = torch.randn(6, 16, 4, 4), torch.randn(6, 16, 4, 4)
-    mine, wanted = (x.detach().double().numpy() for x in loss(drawn, latents))
+    mine, wanted = (loss(x).detach().double().numpy() for x in (drawn, latents))
     cosines = mine @ wanted.T
     plain = identity_distance(loss, None, batch, chosen, drawn, latents)
     np.testing.assert_allclose(plain.numpy(), 1 - np.diag(cosines), atol=1e-5)
@@ -69,21 +69,29 @@ def test_settings_that_cannot_act_are_refused(tiny):
 def test_drawing_on_the_way_ends_where_told_with_gradients_of_the_last_step():
     clean, weight, calls = torch.randn(4, 3, 4, 4), torch.ones((), requires_grad=True), []
 
-    def velocity(noisy, time):
-        calls.append((time.tolist(), torch.is_grad_enabled()))
-        return weight * (noisy - clean) / time.view(-1, 1, 1, 1)  # of straight paths to `clean`
+    def velocity(noisy, time, rows):
+        calls.append((time.tolist(), rows.tolist(), torch.is_grad_enabled()))
+        return weight * (noisy - clean[rows]) / time.view(-1, 1, 1, 1)  # of straight paths to `clean`
 
     noise = torch.randn(4, 3, 4, 4)
     drawn = draw_on_the_way(velocity, noise, torch.tensor([2, 0, 3, 1]), 4)
     torch.testing.assert_close(drawn, clean, atol=1e-5, rtol=0)
-    assert calls == [
-        *(([time] * 4, False) for time in (1.0, 0.75, 0.5)),
-        ([0.5, 1.0, 0.25, 0.75], True),
+    assert calls == [  # nobody moves further than asked for
+        ([1.0] * 3, [0, 2, 3], False),
+        ([0.75] * 2, [0, 2], False),
+        ([0.5], [2], False),
+        ([0.5, 1.0, 0.25, 0.75], [0, 1, 2, 3], True),
     ]
     assert torch.autograd.grad(drawn.sum(), weight)[0].isfinite()
     # Each picture stands where its own steps took it: half of the way for two steps of four.
-    stood = []
-    draw_on_the_way(lambda noisy, time: stood.append(noisy) or noise - clean, noise, torch.tensor([2, 0, 3, 1]), 4)
+    stood, before = [], noise.clone()
+
+    def straight(noisy, time, rows):
+        stood.append(noisy.clone())
+        return (noise - clean)[rows]
+
+    draw_on_the_way(straight, noise, torch.tensor([2, 0, 3, 1]), 4)
+    assert torch.equal(noise, before)
     for picture, share in zip(range(4), (0.5, 0.0, 0.75, 0.25), strict=True):
         torch.testing.assert_close(stood[-1][picture], torch.lerp(noise, clean, share)[picture])
 

@@ -257,6 +257,19 @@ def test_t2i_trains_the_adapter_alone_and_pays_for_what_it_is_asked(tiny, recogn
         assert less[part].backward_flops == pytest.approx(share * more[part].backward_flops)
 
 
+def test_mtd_pays_for_the_map_that_reads_codes_and_for_embedding_photos(tiny, recogniser):
+    mtd = dataclasses.replace(tiny.train.mtd, identity_loss_weight=0.1, recogniser=str(recogniser))
+    asked = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, mtd=mtd))
+    plain, more = ({part.name: part for part in count_costs("mtd", one, "fp32", "none")} for one in (tiny, asked))
+    assert more.keys() - plain.keys() == {"identity head", "recogniser"}
+    read = 2 * tiny.encoder.num_queries * tiny.encoder.width * 8 * 16 * 16
+    head = more["identity head"]
+    assert head.is_trained and head.forward_flops == read and head.backward_flops == 2 * read
+    # One convolution of (8, 3, 7, 7) at 16 x 16 places, on the photograph of each target, without gradients.
+    once = mtd.num_targets * 2 * 8 * 3 * 7 * 7 * 16 * 16
+    assert more["recogniser"].forward_flops == once and more["recogniser"].backward_flops == 0
+
+
 def test_a_recogniser_of_latents_costs_little(tiny, tmp_path):
     path = tmp_path / "recogniser.safetensors"
     LatentRecogniser(16, 4).save(path)
