@@ -6,6 +6,7 @@ nearest known key; values that cannot work together are refused when the datacla
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -156,9 +157,14 @@ class BaseConfig:
     guidance_scale: float
     id_guidance: float = 1.0
     """How many times what an identity changes is taken when generating; other than 1 costs twice the time."""
+    noise_scale: float = 1.0
+    """Scale of the noise that pictures are drawn from; below 1 less varied, smoother."""
     prompt: str = "photo of a person."
     """The fixed prompt y of the flow-matching stage (Sec. 3.3)."""
     sizes: BaseSizes | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 < self.noise_scale < math.inf, f"base.noise_scale must be above 0, got {self.noise_scale}")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

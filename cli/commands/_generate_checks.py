@@ -81,6 +81,10 @@ def check_together(ctx: click.Context, options: dict, details: dict) -> None:
             raise click.UsageError(
                 f"{_option(ctx, name)} does nothing without {needed}; add that, or leave it out", ctx
             )
+    if is_given(ctx, "noise_scale") and options["image"]:
+        raise click.UsageError(
+            "--noise-scale is for pictures drawn from noise alone; with --image use --image-strength", ctx
+        )
     if len(scales := options["id_scale"]) > 1 and len(scales) != len(people):
         raise click.UsageError(
             f"{len(scales)} --id-scale for {len(people)} --id; give one for all, or one for each", ctx

@@ -29,6 +29,11 @@ _PATH = click.Path(path_type=Path)
     "--steps", "num_inference_steps", type=click.IntRange(min=1), help="Denoising steps; the preset's if not given."
 )
 @click.option("--guidance", "guidance_scale", type=float, help="Guidance scale; the preset's if not given.")
+@click.option(
+    "--noise-scale",
+    type=float,
+    help="Of the noise that a picture is drawn from: below 1 smoother, less varied; the preset's if not given.",
+)
 @click.option("--num-images", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--size", type=PictureSize(), help="Width and height; the preset's if not given.")
 @click.option(
@@ -193,6 +198,10 @@ def _request(ctx: click.Context, options: dict, details: dict):
     from omniid.generate.request import Request
 
     names = [field.name for field in dataclasses.fields(Request)]
+    if details:  # what does not say it was drawn from whole noise, as everything once was
+        details = {"noise_scale": 1.0, **details}
+    if options["image"] is not None:
+        details.pop("noise_scale", None)
     values = _merged(ctx, options, details, [name for name in names if name in options])
     values["width"], values["height"] = options["size"] or (details.get("width"), details.get("height"))
     if details and options["pose"] is None and options["landmarks"] is None:

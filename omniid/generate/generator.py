@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omniid.generate.errors import GenerateError
 from omniid.generate.memory import explained_lack_of_memory
-from omniid.generate.pipelines import FluxPipelines
+from omniid.generate.pipelines import FluxPipelines, starting_noise
 from omniid.generate.regions import SOFTNESS, Region, region_maps
 from omniid.generate.safety import blacken_unsafe
 from omniid.generate.schedule import Schedule, Window, block_scales
@@ -37,6 +37,7 @@ class GenerateDefaults:
     num_inference_steps: int = 28
     guidance_scale: float = 3.5
     id_guidance: float = 1.0
+    noise_scale: float = 1.0
     max_sequence_length: int = 512
 
 
@@ -69,6 +70,7 @@ class Generator:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        noise_scale: float | None = None,
         id_scale: float | Schedule | Tensor | Sequence[float | Schedule | Tensor] = 1.0,
         id_start: float = 0.0,
         id_end: float = 1.0,
@@ -87,6 +89,8 @@ class Generator:
     ) -> "list[Image]":
         """Draws `num_images` pictures; the same arguments give the same pictures on the same machine.
 
+        noise_scale: of the noise that a picture is drawn from (by default the preset's), not with `image`: below 1 pictures are
+        smoother and vary less with the seed, as with a sampling temperature.
         identity: one person, several (each added with its own `id_scale`), or None for the base's own picture.
         id_scale: strength of the identity, 0 to leave it out; a `Schedule` over the steps; or a tensor
         (height / 16 * width / 16,), a map with one value per image token, row by row. id_start, id_end: the part of the
@@ -122,6 +126,7 @@ class Generator:
             window=Window(id_start, id_end),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            noise_scale=noise_scale,
             id_guidance=id_guidance,
             negative_prompt=negative_prompt,
             negative_scale=negative_scale,
@@ -192,6 +197,7 @@ class Generator:
         negative: "Sequence[IdentityUse]" = (),
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        noise_scale: float | None = None,
         id_guidance: float | None = None,
         negative_prompt: str | None = None,
         negative_scale: float = 2.0,
@@ -211,9 +217,14 @@ class Generator:
         guidance = defaults.id_guidance if id_guidance is None else id_guidance
         if not math.isfinite(guidance):
             raise GenerateError(f"the identity's guidance must be finite, got {guidance}")
+        # One generator a picture: it does not depend on how many are drawn with it.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise_scale = self._noise_scale(noise_scale, image)
         pipeline, arguments = self.pipelines.choose(
             landmarks, landmark_scale, image, mask, image_strength, steps, width, height
         )
+        if noise_scale != 1:
+            arguments["latents"] = noise_scale * starting_noise(pipeline, generators, width, height)
         arguments |= self.pipelines.negative_arguments(pipeline, negative_prompt, negative_scale, len(prompts))
 
         def set_strengths(step: int, num_steps: int) -> None:
@@ -242,8 +253,7 @@ class Generator:
                 num_inference_steps=steps,
                 guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
                 num_images_per_prompt=len(seeds) // len(prompts),
-                # One generator a picture: it does not depend on how many are drawn with it.
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                generator=generators,
                 max_sequence_length=defaults.max_sequence_length,
                 callback_on_step_end=before_next_step,
                 output_type="pt",
@@ -256,6 +266,16 @@ class Generator:
             )
         processor = self.pipeline.image_processor
         return blacken_unsafe(self.pipeline, processor.numpy_to_pil(processor.pt_to_numpy(drawn.float())))
+
+    def _noise_scale(self, asked: float | None, image: "Image | None") -> float:
+        if image is not None:
+            if asked not in (None, 1):
+                raise GenerateError("noise_scale is for pictures drawn from noise alone; leave it out with an image")
+            return 1.0
+        scale = self.defaults.noise_scale if asked is None else asked
+        if not 0 < scale < math.inf:
+            raise GenerateError(f"the scale of the noise must be above 0, got {scale}")
+        return scale
 
     def _attached(self, uses: "list[IdentityUse]", guidance: float, negative: "Sequence[IdentityUse]"):
         """A context in which the transformer draws the identities."""

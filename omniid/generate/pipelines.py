@@ -2,7 +2,11 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from omniid.generate.errors import GenerateError
 
@@ -112,3 +116,16 @@ class FluxPipelines:
             self._made[name] = wanted(**{part: value for part, value in parts.items() if part in takes})
             self._made[name].set_progress_bar_config(**getattr(self.given, "_progress_bar_config", {}))
         return self._made[name]
+
+
+def starting_noise(pipeline, generators: Sequence[torch.Generator], width: int, height: int) -> Tensor:
+    """What a pipeline that draws from noise alone would start from, one picture a generator: (B, tokens, 4 C), packed."""
+    return pipeline.prepare_latents(
+        len(generators),
+        pipeline.transformer.config.in_channels // 4,
+        height,
+        width,
+        pipeline.text_encoder_2.dtype,  # as of the embedded prompt, which decides in the pipeline
+        pipeline._execution_device,
+        list(generators),
+    )[0]

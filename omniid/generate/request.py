@@ -30,6 +30,7 @@ class Request:
     height: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    noise_scale: float | None = None
     id_scale: tuple[tuple[float, ...], ...] = ((1.0,),)
     """A schedule for all identities, or one for each."""
     id_start: float = 0.0
@@ -50,7 +51,9 @@ class Request:
         """Raises GenerateError for values of wrong types: a picture's metadata may hold anything."""
         _check(_FITS, {name: getattr(self, name) for name in _FITS}, _MAY_BE_NONE)
 
-    def completed(self, generator: Generator, landmark_file: str | Path | None, backend: str) -> "Request":
+    def completed(
+        self, generator: Generator, landmark_file: str | Path | None, backend: str, has_image: bool = False
+    ) -> "Request":
         """With the preset's values where none are given, and with landmarks in numbers.
 
         landmark_file: JSON or a photo, in which the face analyzer `backend` looks. Raises FaceError for a file that cannot
@@ -60,6 +63,8 @@ class Request:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("num_inference_steps", "guidance_scale", "id_guidance"):
             values[name] = getattr(defaults, name) if values[name] is None else values[name]
+        if values["noise_scale"] is None:  # the noise that a picture to start from gets stays as it is
+            values["noise_scale"] = 1.0 if has_image else defaults.noise_scale
         for name in ("width", "height"):
             values[name] = values[name] or defaults.image_size
         points = None  # those of a repeated picture stay
@@ -185,13 +190,14 @@ _FITS = {
     "pose": _tuple_of(_is_number, 3),
     "landmarks": _tuple_of(_tuple_of(_is_number, 2)),
     **dict.fromkeys(
-        ("guidance_scale", "id_start", "id_end", "id_guidance", "region_softness", "negative_scale", "landmark_scale",
-         "image_strength"),
+        ("guidance_scale", "noise_scale", "id_start", "id_end", "id_guidance", "region_softness", "negative_scale",
+         "landmark_scale", "image_strength"),
         _is_number,
     ),
 }  # fmt: skip
 _MAY_BE_NONE = {
-    "width", "height", "num_inference_steps", "guidance_scale", "id_guidance", "negative_prompt", "pose", "landmarks",
+    "width", "height", "num_inference_steps", "guidance_scale", "noise_scale", "id_guidance", "negative_prompt", "pose",
+    "landmarks",
 }  # fmt: skip
 
 

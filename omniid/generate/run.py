@@ -118,7 +118,7 @@ def run(
     asks_guidance = request.guidance_scale is not None and repeated is None
     if asks_guidance and not getattr(generator.pipeline.transformer.config, "guidance_embeds", True):
         say("this base takes no guidance: --guidance does nothing")
-    request = request.completed(generator, sources.landmarks, sources.backend)
+    request = request.completed(generator, sources.landmarks, sources.backend, image is not None)
     for remark in request.remarks(identities, image is not None):
         say(remark)
     hindrance = obstacle(request.width, request.height) if watermark else None

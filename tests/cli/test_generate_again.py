@@ -38,6 +38,24 @@ def test_a_picture_is_repeated_from_its_metadata(draw, drawing_weights, identity
     )
 
 
+def test_pictures_of_versions_without_noise_scale_are_repeated_from_whole_noise(draw, identity, tmp_path, run, drawn):
+    first, details = draw("--seed", 5)
+    assert details.pop("noise_scale") == 1.0
+    save_picture(Image.new("RGB", (32, 32)), tmp_path / "old.png", details)
+    smooth, _ = draw("--seed", 5, "--noise-scale", 0.5)
+
+    def again(source, *options):
+        result = run("--from", tmp_path / source, "--id", identity, "-o", tmp_path / "again.png", *options)
+        assert result.exit_code == 0, result.output
+        return drawn(tmp_path / "again.png")
+
+    assert (again("old.png") == first).all() and (again("drawn.png") == smooth).all()
+    assert (again("old.png", "--noise-scale", 0.5) == smooth).all()
+    Image.new("RGB", (32, 32), (90, 120, 60)).save(tmp_path / "start.png")
+    again("drawn.png", "--image", tmp_path / "start.png")
+    assert read_details(tmp_path / "again.png")["noise_scale"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("details", "code", "words"),
     [

@@ -93,6 +93,10 @@ def test_several_images_and_json(drawing_weights, identity, tmp_path, run):
             ["--prompt", "photo", "--id", "a", "--id", "b", "--id-scale", "1", "--id-scale", "2", "--grid", "id"],
             "leave out several --id-scale",
         ),
+        (
+            ["--prompt", "photo", "--noise-scale", "0.5", "--image", "a.png"],
+            "--noise-scale is for pictures drawn from noise alone; with --image use --image-strength",
+        ),
         (["--plan", "--engine", "."], "without --engine; leave one out"),
         (["--plan", "--from", "a.png"], "without --from; leave one out"),
     ],
@@ -241,7 +245,7 @@ def test_pictures_to_start_from(draw, drawing_weights, tmp_path, run):
     Image.fromarray(np.repeat(np.uint8([[0] * 16 + [255] * 16]), 32, axis=0)).save(tmp_path / "mask.png")
     half, _ = draw("--image", tmp_path / "start.png", "--mask", tmp_path / "mask.png", "--image-strength", 0.5)
     assert (half != inpainted).any()
-    assert details["image"] == "start.png"
+    assert details["image"] == "start.png" and details["noise_scale"] == 1.0
 
 
 def test_parts_can_be_named_and_are_recorded(draw, drawing_weights, lora_file, tmp_path, run):
@@ -250,6 +254,8 @@ def test_parts_can_be_named_and_are_recorded(draw, drawing_weights, lora_file, t
     same, details = draw(*parts)
     assert (same == plain).all() and details["base"] == str(drawing_weights / "base")
     assert (draw("--guidance", 1)[0] != plain).any()
+    smooth, details = draw("--noise-scale", 0.5)
+    assert (smooth != plain).any() and details["noise_scale"] == 0.5
     adapter = IdentityAdapter.load(drawing_weights / "adapter.safetensors")
     with torch.no_grad():
         adapter.to_v_id[0].weight.mul_(-2)

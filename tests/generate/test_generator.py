@@ -54,6 +54,39 @@ def test_without_identity_it_is_the_bases_own_picture(generator, drawing_weights
     assert (pixels(generator.generate(make_person(0), "photo", seed=5)) != pixels(plain)).any()
 
 
+def test_the_noise_may_be_scaled(generator, drawing_weights, tiny, make_person):
+    """As whoever calls the pipeline with latents of their own would do it; each picture keeps its seed's noise."""
+    from omniid.models.flux import load_base
+
+    def drawn(**settings):
+        return pixels(generator.generate(None, "photo", seed=5, **settings))
+
+    pipeline = load_base(drawing_weights / "base")
+    noise = torch.randn(
+        1, pipeline.transformer.config.in_channels // 4, 4, 4, generator=torch.Generator().manual_seed(5)
+    )
+    latents = 0.5 * pipeline._pack_latents(noise, *noise.shape)
+    plain = pipeline(
+        "photo", height=32, width=32, num_inference_steps=2, max_sequence_length=tiny.base.max_sequence_length,
+        latents=latents,
+    ).images  # fmt: skip
+    halved = drawn(noise_scale=0.5)
+    assert (halved == pixels(plain)).all() and (halved != drawn()).any()
+    assert (drawn(noise_scale=1.0) == drawn()).all()
+    preset = dataclasses.replace(generator.defaults, noise_scale=0.5)
+    by_preset = type(generator)(generator.pipeline, generator.adapter, preset)
+    assert (pixels(by_preset.generate(None, "photo", seed=5)) == halved).all()
+    assert np.abs(pixels(by_preset.generate(None, "photo", seed=4, num_images=2))[1] - halved).max() <= 1
+    start = Image.new("RGB", (32, 32), (90, 120, 60))
+    on_picture = [pixels(one.generate(None, "photo", image=start)) for one in (generator, by_preset)]
+    assert (on_picture[0] == on_picture[1]).all()  # which has no noise to start from
+    with pytest.raises(GenerateError, match="noise_scale is for pictures drawn from noise alone"):
+        generator.generate(None, "photo", image=start, noise_scale=0.5)
+    for scale in (0.0, -1.0, float("nan")):
+        with pytest.raises(GenerateError, match="the scale of the noise must be above 0, got"):
+            drawn(noise_scale=scale)
+
+
 def test_people_look_different(generator, make_person):
     assert (
         pixels(generator.generate(make_person(0), "photo")) != pixels(generator.generate(make_person(1), "photo"))
