@@ -9,12 +9,13 @@ PYTEST_FLAGS ?=
 # A test process for every logical CPU, up to eight, with one thread each; PYTEST_FLAGS="-n 0" runs all in one process.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-# Of `make train-mini`: records to train on, where checkpoints and weights go, and hours for all stages together ("" means the
-# preset's steps).
+# Of `make train-mini`: records to train on, where checkpoints and weights go, hours for all stages together ("" means the preset's
+# steps), and a file of `omniid export recogniser` ("" means none).
 DATA ?= people
 RUNS ?= runs/mini
 WEIGHTS ?= weights/mini
 HOURS ?=
+RECOGNISER ?=
 
 # Of `make gpu`: the benchmarks that a GPU decides and that need no photos or records.
 GPU_BENCHMARKS := varlen_cross_attention masked_rows patch_l1 add_identity_attention layer_norm_modulate gelu_fp8 fp8_linear tower_attention
@@ -28,7 +29,7 @@ help:
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make bench  timings of kernels and of the whole path, where their inputs are here"
 	@echo "make gpu    on a CUDA device: its tests, the kernels' benchmarks, the train step and a step of FLUX.1-dev at the paper's size, with reports"
-	@echo "make train-mini DATA=people HOURS=6   the mini weights, all stages; the same command goes on"
+	@echo "make train-mini DATA=people HOURS=6 RECOGNISER=mobilefacenet.pt2   the mini weights, all stages; the same command goes on"
 	@echo "make clean  remove what the targets made, .venv excepted"
 
 venv: $(INSTALLED)
@@ -71,7 +72,7 @@ gpu: venv
 	$(BIN)/omniid bench generate_step -- --device cuda --fp8 --compile --save
 
 train-mini: venv
-	$(BIN)/python -P -m omniid.train.sequence --data $(DATA) --runs $(RUNS) --weights $(WEIGHTS) $(if $(HOURS),--hours $(HOURS))
+	$(BIN)/python -P -m omniid.train.sequence --data $(DATA) --runs $(RUNS) --weights $(WEIGHTS) $(if $(HOURS),--hours $(HOURS)) $(if $(RECOGNISER),--recogniser $(RECOGNISER))
 
 clean:
 	rm -rf build demo runs *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* kernels/_native*.so

@@ -3,23 +3,61 @@
     python -P -m omniid.train.sequence --data people --runs runs/mine --weights weights/mine --hours 6
 
 The same command goes on after a stop of any kind, on a CPU or a GPU. Without `--hours` every stage takes the preset's steps;
-with it, as many as its share of the time pays for at the speed measured just before its first step.
+with it, as many as its share of the time pays for at the speed measured just before its first step. With `--recogniser` codes and
+drawn people learn through a recogniser of photos who they are: how the shipped weights came to their likeness.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omniid.errors import OmniIDError
 from omniid.files import atomic_path
 from omniid.models.latent_recogniser import RECOGNISER_FILE
+from omniid.train.identity_loss import load_recogniser
 from omniid.train.profile_data import profile_stage
 from omniid.train.run import run_stage
 
-SHARES = {"base": 0.3, "mtd": 0.4, "recogniser": 0.05, "flow": 0.1, "control": 0.15}
-"""Of the time, by stage in their order: about what the mini weights took (docs/training_mini.md)."""
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One training of the sequence."""
+
+    stage: str
+    share: float
+    """Of the time: about what the mini weights took (docs/training_mini.md)."""
+    goes_on: bool = False
+    """From what the weights folder holds already."""
+
+
+PARTS = {
+    "base": Part("base", 0.3),
+    "mtd": Part("mtd", 0.4),
+    "recogniser": Part("recogniser", 0.05),
+    "flow": Part("flow", 0.1),
+    "control": Part("control", 0.15),
+}
+"""In their order; each has a folder of its own name among the runs."""
+TOLD_PARTS = {
+    "base": Part("base", 0.2),
+    "mtd": Part("mtd", 0.25),
+    "told": Part("base", 0.4, goes_on=True),  # with the adapter, in place of flow
+    "recogniser": Part("recogniser", 0.03),
+    "control": Part("control", 0.12),
+}
+"""Those with a recogniser of photos."""
+THROUGH_PHOTOS = {
+    "mtd": {"identity_loss_weight": 0.2, "batch_identities": 32, "num_targets": 2},
+    "told": {
+        "identity_loss_weight": 0.15, "batch_identities": 32, "num_targets": 1, "lr": 5e-4,
+        "identity_share": 0.8, "timestep_shift": 6, "identity_loss_steps": 5,
+    },
+}  # fmt: skip
+"""Settings of the parts that learn through it, measured in docs/training_mini.md."""
+EACH_THROUGH_PHOTOS = {"identity_loss_temperature": 0.1, "identity_loss_pictures": 32}
 IDENTITY_LOSS_WEIGHT = 0.5
 """Of flow and control, through the recogniser trained before them. The paper has no such loss, but a hundred times the steps."""
 AUTOENCODER_SHARE = 0.4
@@ -35,57 +73,65 @@ def train_sequence(
     weights: str | Path,
     *,
     hours: float | None = None,
+    recogniser: str | Path | None = None,
     overrides: Sequence[str] = (),
     device: str = "auto",
     progress: bool = True,
 ) -> bool:
-    """Trains all stages of `SHARES` where `runs` does not say that they are done; False where a signal stopped it.
+    """Trains all `PARTS` where `runs` does not say that they are done; False where a signal stopped it.
 
-    hours: for all stages together; what a stage was given at its start stays, however often it is stopped. Other arguments as
-    of `run_stage`; each stage has a folder of its own in `runs`.
+    hours: for all parts together; what a part was given at its start stays, however often it is stopped. recogniser: a file of
+    `omniid export recogniser`, with which `TOLD_PARTS` are trained. overrides of a stage are for all its parts. Other
+    arguments as of `run_stage`.
     """
     runs = Path(runs)
-    overrides = [*_identity_loss(Path(weights)), *overrides]
+    if recogniser is not None:
+        load_recogniser(recogniser)  # hours before it is needed
     state = json.loads((runs / PROGRESS).read_text()) if (runs / PROGRESS).is_file() else {"steps": {}, "done": []}
-    for stage, share in SHARES.items():
-        if stage in state["done"]:
+    for name, part in (PARTS if recogniser is None else TOLD_PARTS).items():
+        if name in state["done"]:
             continue
+        own = [*_settings(name, part, Path(weights), recogniser), *overrides]
         options = {"weights": weights, "device": device, "progress": progress}
-        if stage not in state["steps"]:
-            seconds = None if hours is None else 3600 * hours * share
-            fitting = [] if seconds is None else _steps_for(seconds, stage, preset, data, runs, overrides, options)
-            state["steps"][stage] = fitting
+        if part.goes_on:
+            options["start_from"] = weights
+        if name not in state["steps"]:
+            seconds = None if hours is None else 3600 * hours * part.share
+            fitting = [] if seconds is None else _steps_for(seconds, part, preset, data, runs, name, own, options)
+            state["steps"][name] = fitting
             _write(runs, state)
         result = run_stage(
-            stage, preset, data, runs / stage, resume=True, overrides=[*overrides, *state["steps"][stage]], **options
+            part.stage, preset, data, runs / name, resume=True, overrides=[*own, *state["steps"][name]], **options
         )
         if result.interrupted:
             return False
-        state["done"].append(stage)
+        state["done"].append(name)
         _write(runs, state)
     return True
 
 
-def _identity_loss(weights: Path) -> list[str]:
-    file = json.dumps(str(weights / RECOGNISER_FILE))  # quoted as TOML quotes, too
-    return [
-        override
-        for stage in ("flow", "control")
-        for override in (
-            f"train.{stage}.recogniser={file}",
-            f"train.{stage}.identity_loss_weight={IDENTITY_LOSS_WEIGHT}",
-        )
-    ]
+def _settings(name: str, part: Part, weights: Path, recogniser: str | Path | None) -> list[str]:
+    """Overrides that make the identity loss of a part."""
+    if recogniser is not None and name in THROUGH_PHOTOS:
+        values = {**EACH_THROUGH_PHOTOS, **THROUGH_PHOTOS[name], "recogniser": str(recogniser)}
+    elif part.stage in ("flow", "control"):
+        values = {"recogniser": str(weights / RECOGNISER_FILE), "identity_loss_weight": IDENTITY_LOSS_WEIGHT}
+    else:
+        return []
+    return [f"train.{part.stage}.{key}={json.dumps(value)}" for key, value in values.items()]  # quoted as TOML does
 
 
-def _steps_for(seconds: float, stage: str, preset, data, runs: Path, overrides, options: dict) -> list[str]:
-    """Overrides that let a stage take about so many seconds, by the time of a few of its steps."""
+def _steps_for(
+    seconds: float, part: Part, preset, data, runs: Path, name: str, overrides: list[str], options: dict
+) -> list[str]:
+    """Overrides that let a part take about so many seconds, by the time of a few of its steps."""
+    stage = part.stage
 
     def steps(seconds: float, **more) -> int:
-        profile = profile_stage(stage, preset, data, runs / stage, overrides=overrides, **options | more)
+        profile = profile_stage(stage, preset, data, runs / name, overrides=overrides, **options | more)
         return max(1, int(seconds / ((profile.wait_ms + profile.compute_ms) / 1e3)))
 
-    if stage != "base":
+    if name != "base":
         return [f"train.{stage}.steps={steps(seconds)}"]
     # The transformer's part needs an autoencoder: one of a single step is as fast as a trained one.
     first, trial = AUTOENCODER_SHARE * seconds, runs / "trial"
@@ -110,6 +156,9 @@ def main() -> None:
     parser.add_argument("--runs", required=True, help="folder for checkpoints and logs, one folder a stage")
     parser.add_argument("--weights", required=True, help="folder that all stages export into")
     parser.add_argument("--hours", type=float, help="for all stages together; default: the preset's steps")
+    parser.add_argument(
+        "--recogniser", help="file of omniid export recogniser, through which people learn who they are"
+    )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     wishes = parser.parse_args()
@@ -120,6 +169,7 @@ def main() -> None:
             wishes.runs,
             wishes.weights,
             hours=wishes.hours,
+            recogniser=wishes.recogniser,
             overrides=wishes.overrides,
             device=wishes.device,
         )

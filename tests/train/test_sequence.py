@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from omniid.errors import OmniIDError
 from omniid.train import sequence
 from omniid.train.sequence import train_sequence
 
@@ -21,18 +22,38 @@ def test_the_stages_fill_one_weights_folder_and_a_stop_is_gone_on_from(tiny_file
 
     monkeypatch.setattr(sequence, "run_stage", stopped_in_flow)
     arguments = tiny_file, records, runs, weights
-    short = [f"train.{stage}.steps=2" for stage in sequence.SHARES] + ["train.base.autoencoder_steps=1"]
+    short = [f"train.{stage}.steps=2" for stage in sequence.PARTS] + ["train.base.autoencoder_steps=1"]
     options = {"overrides": [*short, "train.control.control_single_blocks=1"], "device": "cpu", "progress": False}
     assert not train_sequence(*arguments, **options)
     assert train_sequence(*arguments, **options)
     assert trained == ["base", "mtd", "recogniser", "flow", "flow", "control"]
-    assert json.loads((runs / sequence.PROGRESS).read_text())["done"] == list(sequence.SHARES)
+    assert json.loads((runs / sequence.PROGRESS).read_text())["done"] == list(sequence.PARTS)
     files = {path.relative_to(weights).as_posix() for path in weights.rglob("*") if path.is_file()}
     assert {"encoder.safetensors", "decoder.safetensors", "adapter.safetensors", "controlnet/config.json"} <= files
     assert {"base/model_index.json", "preset.toml", "recogniser.safetensors"} <= files
     for stage in ("flow", "control"):
         assert "identity_loss" in (runs / stage / "metrics.jsonl").read_text()
     assert train_sequence(*arguments, **options) and len(trained) == 6
+
+
+@pytest.mark.slow
+def test_with_a_recogniser_codes_and_drawn_people_learn_through_it(tiny_file, records, recogniser, tmp_path):
+    runs, weights = tmp_path / "runs", tmp_path / "weights"
+    short = [f"train.{stage}.steps=2" for stage in ("base", "mtd", "recogniser", "control")]
+    few = [f"train.{stage}.batch_identities=4" for stage in ("base", "mtd")]
+    one_block = "train.control.control_single_blocks=1"
+    overrides = [*short, *few, "train.base.autoencoder_steps=1", one_block]
+    arguments = {"recogniser": recogniser, "overrides": overrides, "device": "cpu", "progress": False}
+    assert train_sequence(tiny_file, records, runs, weights, **arguments)
+    assert json.loads((runs / sequence.PROGRESS).read_text())["done"] == list(sequence.TOLD_PARTS)
+    for name in ("mtd", "told/transformer", "control"):
+        assert "identity_loss" in (runs / name / "metrics.jsonl").read_text()
+    assert not (runs / "told" / "autoencoder").exists()  # it went on from the first part's
+    files = {path.relative_to(weights).as_posix() for path in weights.rglob("*") if path.is_file()}
+    assert {"encoder.safetensors", "adapter.safetensors", "controlnet/config.json", "base/model_index.json"} <= files
+    with pytest.raises(OmniIDError, match="there is no recogniser at"):
+        train_sequence(tiny_file, records, tmp_path / "new", weights, recogniser=tmp_path / "none.pt2")
+    assert not (tmp_path / "new").exists()
 
 
 def test_time_is_shared_out_once_by_the_speed_of_each_stage(tmp_path, monkeypatch):
