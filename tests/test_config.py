@@ -50,6 +50,7 @@ def test_targets_keep_enough_tokens_to_read_the_pose():
         ("decoder.mask_ratio=1.0", "mask_ratio must lie between"),
         ("encoder.num_heads=5", "not a multiple of encoder.num_heads"),
         ("base.sizes.head_dim=20", "must sum to head_dim"),
+        ("base.noise_scale=0", "base.noise_scale must be above 0, got 0"),
         ("name.x=3", "'name' is a value"),
         ("steps", "--set takes key=value"),
     ],
