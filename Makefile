@@ -29,7 +29,7 @@ help:
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make bench  timings of kernels and of the whole path, where their inputs are here"
 	@echo "make gpu    on a CUDA device: its tests, the kernels' benchmarks, the train step and a step of FLUX.1-dev at the paper's size, with reports"
-	@echo "make train-mini DATA=people HOURS=6 RECOGNISER=mobilefacenet.pt2   the mini weights, all stages; the same command goes on"
+	@echo "make train-mini DATA=people HOURS=6 [RECOGNISER=mobilefacenet.pt2]   the mini weights, all stages; the same command goes on"
 	@echo "make clean  remove what the targets made, .venv excepted"
 
 venv: $(INSTALLED)

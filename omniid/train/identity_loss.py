@@ -112,7 +112,7 @@ def distances(mine: Tensor, wanted: Tensor, person: Tensor, temperature: float =
     person = person.to(mine.device)
     itself = torch.eye(len(mine), dtype=torch.bool, device=mine.device)
     with torch.autocast(mine.device.type, enabled=False):  # bf16 is as coarse as small differences of cosines
-        cosines = mine @ wanted.T
+        cosines = mine.float() @ wanted.float().T
     cosines = (cosines / temperature).masked_fill((person[:, None] == person) & ~itself, -torch.inf)
     return F.cross_entropy(cosines, torch.arange(len(mine), device=mine.device), reduction="none")
 

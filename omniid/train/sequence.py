@@ -63,7 +63,7 @@ IDENTITY_LOSS_WEIGHT = 0.5
 AUTOENCODER_SHARE = 0.4
 """Of the time of `base`, for the part that is trained first."""
 PROGRESS = "sequence.json"
-"""In the folder of runs: overrides that each started stage was given, and the stages that are done."""
+"""In the folder of runs: whether there was a recogniser, overrides that each started part was given, and parts that are done."""
 
 
 def train_sequence(
@@ -82,12 +82,18 @@ def train_sequence(
 
     hours: for all parts together; what a part was given at its start stays, however often it is stopped. recogniser: a file of
     `omniid export recogniser`, with which `TOLD_PARTS` are trained. overrides of a stage are for all its parts. Other
-    arguments as of `run_stage`.
+    arguments as of `run_stage`. Raises OmniIDError where `runs` was begun with a recogniser and is to go on without, or the other
+    way round.
     """
     runs = Path(runs)
     if recogniser is not None:
         load_recogniser(recogniser)  # hours before it is needed
-    state = json.loads((runs / PROGRESS).read_text()) if (runs / PROGRESS).is_file() else {"steps": {}, "done": []}
+    state = {"recogniser": recogniser is not None, "steps": {}, "done": []}
+    if (runs / PROGRESS).is_file():
+        state = {"recogniser": False, **json.loads((runs / PROGRESS).read_text())}  # older files do not say it
+        if state["recogniser"] != (recogniser is not None):
+            begun = "with" if state["recogniser"] else "without"
+            raise OmniIDError(f"{runs} was begun {begun} a recogniser; go on so, or choose another folder for the runs")
     for name, part in (PARTS if recogniser is None else TOLD_PARTS).items():
         if name in state["done"]:
             continue

@@ -270,6 +270,23 @@ def test_mtd_pays_for_the_map_that_reads_codes_and_for_embedding_photos(tiny, re
     assert more["recogniser"].forward_flops == once and more["recogniser"].backward_flops == 0
 
 
+def test_drawing_from_noise_costs_half_of_its_steps_beside_the_prediction(tiny, tmp_path):
+    path = tmp_path / "recogniser.safetensors"
+    LatentRecogniser(16, 4).save(path)
+
+    def base(steps):
+        flow = dataclasses.replace(
+            tiny.train.flow, identity_loss_weight=0.1, recogniser=str(path), identity_loss_steps=steps
+        )
+        asked = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, flow=flow))
+        return {part.name: part for part in count_costs("flow", asked, "fp32", "none")}["base"]
+
+    none, one, five = base(0), base(1), base(5)
+    assert one.forward_flops == pytest.approx(2 * none.forward_flops)
+    assert five.forward_flops == pytest.approx(4 * none.forward_flops)  # 0 to 4 steps before the last: 2
+    assert one.backward_flops == five.backward_flops == pytest.approx(2 * none.backward_flops)
+
+
 def test_a_recogniser_of_latents_costs_little(tiny, tmp_path):
     path = tmp_path / "recogniser.safetensors"
     LatentRecogniser(16, 4).save(path)

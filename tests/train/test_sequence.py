@@ -51,6 +51,8 @@ def test_with_a_recogniser_codes_and_drawn_people_learn_through_it(tiny_file, re
     assert not (runs / "told" / "autoencoder").exists()  # it went on from the first part's
     files = {path.relative_to(weights).as_posix() for path in weights.rglob("*") if path.is_file()}
     assert {"encoder.safetensors", "adapter.safetensors", "controlnet/config.json", "base/model_index.json"} <= files
+    with pytest.raises(OmniIDError, match="was begun with a recogniser; go on so"):
+        train_sequence(tiny_file, records, runs, weights, **arguments | {"recogniser": None})
     with pytest.raises(OmniIDError, match="there is no recogniser at"):
         train_sequence(tiny_file, records, tmp_path / "new", weights, recogniser=tmp_path / "none.pt2")
     assert not (tmp_path / "new").exists()
