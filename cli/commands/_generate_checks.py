@@ -8,8 +8,8 @@ from click.core import ParameterSource
 
 # Options that act on another one -> which.
 _ACT_ON = {
-    "id_scale": "--id", "id_guidance": "--id", "id_start": "--id", "id_end": "--id", "id_blocks": "--id",
-    "negative_identity": "--id",
+    "id_scale": "--id", "id_guidance": "--id", "joint_guidance": "--id", "id_start": "--id", "id_end": "--id",
+    "id_blocks": "--id", "negative_identity": "--id",
     "region_softness": "--region",
     "landmark_scale": "--landmarks or --pose", "controlnet": "--landmarks or --pose",
     "backend": "a photo as --landmarks",

@@ -52,6 +52,11 @@ _PATH = click.Path(path_type=Path)
     type=float,
     help="How many times the identity's change is taken; other than 1 takes twice the time.",
 )
+@click.option(
+    "--joint-guidance/--no-joint-guidance",
+    default=None,
+    help="Whether the prompt's change is taken as many times; the preset's if not given.",
+)
 @click.option("--id-start", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="The identity acts from")
 @click.option(
     "--id-end", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="to this part of the steps."
@@ -198,8 +203,8 @@ def _request(ctx: click.Context, options: dict, details: dict):
     from omniid.generate.request import Request
 
     names = [field.name for field in dataclasses.fields(Request)]
-    if details:  # what does not say it was drawn from whole noise, as everything once was
-        details = {"noise_scale": 1.0, **details}
+    if details:  # what does not say was drawn from whole noise and guided by the identity alone, as everything once was
+        details = {"noise_scale": 1.0, "joint_guidance": False, **details}
     if options["image"] is not None:
         details.pop("noise_scale", None)
     values = _merged(ctx, options, details, [name for name in names if name in options])

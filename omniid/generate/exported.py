@@ -19,7 +19,7 @@ from omniid.generate.errors import GenerateError
 from omniid.generate.generator import Generator
 from omniid.generate.loading import defaults_of
 from omniid.generate.precision import Placement
-from omniid.models.flux import load_base, normalise_latents
+from omniid.models.flux import TextEmbedding, load_base, normalise_latents
 from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, IdentityUse
 from omniid.weights import weights_folder
 
@@ -90,8 +90,8 @@ class ExportedGenerator(Generator):
             raise GenerateError("an exported transformer takes no landmarks or poses; leave --engine out for them")
         return super()._draw(prompts, uses, schedules, **settings)
 
-    def _attached(self, uses: list[IdentityUse], guidance: float, negative: Sequence[IdentityUse]):
-        return self.pipeline.transformer.attached(uses, guidance, negative)
+    def _attached(self, uses: list[IdentityUse], **guidance):
+        return self.pipeline.transformer.attached(uses, **guidance)
 
     def _keys_values(self, tokens: Tensor) -> IdentityKV:
         if isinstance(self.adapter, ExportedAdapter):
@@ -116,18 +116,23 @@ class ExportedTransformer(_Part):
         self.uses: list[IdentityUse] = []
         self.negative: list[IdentityUse] = []
         self.guidance = 1.0
+        self.guide_text: TextEmbedding | None = None
         self._inputs: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     @contextlib.contextmanager
     def attached(
-        self, uses: Sequence[IdentityUse], guidance: float = 1.0, negative: Sequence[IdentityUse] = ()
+        self,
+        uses: Sequence[IdentityUse],
+        guidance: float = 1.0,
+        negative: Sequence[IdentityUse] = (),
+        guide_text: TextEmbedding | None = None,
     ) -> Iterator[None]:
         """Within it, the transformer draws the given identities; arguments as of `attach_identities`."""
-        self.uses, self.guidance, self.negative = list(uses), guidance, list(negative)
+        self.uses, self.guidance, self.negative, self.guide_text = list(uses), guidance, list(negative), guide_text
         try:
             yield
         finally:
-            self.uses, self.guidance, self.negative = [], 1.0, []
+            self.uses, self.guidance, self.negative, self.guide_text = [], 1.0, [], None
             self._inputs.clear()
 
     def cache_context(self, name: str) -> contextlib.AbstractContextManager:
@@ -157,6 +162,9 @@ class ExportedTransformer(_Part):
         }
         velocity = self._velocity(inputs, self.uses)
         if self.guidance != 1 and any(_acts(use) for use in self.uses):
+            if self.guide_text is not None:
+                text = self.guide_text.expand(len(hidden_states))
+                inputs |= {"text": text.tokens, "pooled": text.pooled}
             plain = self._velocity(inputs, self.negative)
             velocity = plain + self.guidance * (velocity - plain)
         return (velocity.to(hidden_states.device, hidden_states.dtype),)

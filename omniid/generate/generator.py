@@ -16,7 +16,7 @@ from omniid.generate.regions import SOFTNESS, Region, region_maps
 from omniid.generate.safety import blacken_unsafe
 from omniid.generate.schedule import Schedule, Window, block_scales
 from omniid.identity import Identity
-from omniid.models.flux import PIXELS_PER_TOKEN, layout_of
+from omniid.models.flux import PIXELS_PER_TOKEN, TextEmbedding, layout_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +37,7 @@ class GenerateDefaults:
     num_inference_steps: int = 28
     guidance_scale: float = 3.5
     id_guidance: float = 1.0
+    joint_guidance: bool = False
     noise_scale: float = 1.0
     max_sequence_length: int = 512
 
@@ -76,6 +77,7 @@ class Generator:
         id_end: float = 1.0,
         id_blocks: str = "",
         id_guidance: float | None = None,
+        joint_guidance: bool | None = None,
         regions: Sequence[Region | str] | None = None,
         region_softness: float = SOFTNESS,
         negative_identity: Identity | None = None,
@@ -96,8 +98,9 @@ class Generator:
         (height / 16 * width / 16,), a map with one value per image token, row by row. id_start, id_end: the part of the
         steps, 0..1, in which identities act. id_blocks: factors for kinds of blocks, as `schedule.block_scales` reads them.
         id_guidance: how many times what the identities change is taken, by running every step without them too (twice the
-        time unless it is 1); by default the preset's. negative_identity: the person to push away from, who takes the place
-        of nobody in that second run.
+        time unless it is 1); by default the preset's. joint_guidance: whether that second run has an empty prompt, too, so that
+        what the prompt changes is taken as many times; by default as the preset says. negative_identity: the person to push
+        away from, who takes the place of nobody in that second run.
         regions: where each identity acts, in their order: `regions.Region` or the text that it reads (`left`, a box, a mask
         file). region_softness: width of their soft edges as a share of the shorter side.
         negative_scale: how strongly `negative_prompt` pushes away (true classifier-free guidance, twice the time).
@@ -128,6 +131,7 @@ class Generator:
             guidance_scale=guidance_scale,
             noise_scale=noise_scale,
             id_guidance=id_guidance,
+            joint_guidance=joint_guidance,
             negative_prompt=negative_prompt,
             negative_scale=negative_scale,
             landmarks=landmarks,
@@ -199,6 +203,7 @@ class Generator:
         guidance_scale: float | None = None,
         noise_scale: float | None = None,
         id_guidance: float | None = None,
+        joint_guidance: bool | None = None,
         negative_prompt: str | None = None,
         negative_scale: float = 2.0,
         landmarks: "np.ndarray | None" = None,
@@ -217,6 +222,8 @@ class Generator:
         guidance = defaults.id_guidance if id_guidance is None else id_guidance
         if not math.isfinite(guidance):
             raise GenerateError(f"the identity's guidance must be finite, got {guidance}")
+        joint = defaults.joint_guidance if joint_guidance is None else joint_guidance
+        guide_text = self._no_text() if joint and uses and guidance != 1 else None
         # One generator a picture: it does not depend on how many are drawn with it.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise_scale = self._noise_scale(noise_scale, image)
@@ -243,7 +250,7 @@ class Generator:
                 len(seeds),
                 getattr(self.pipeline.vae, "use_tiling", False),
             ),
-            self._attached(uses, guidance, negative),
+            self._attached(uses, guidance=guidance, negative=negative, guide_text=guide_text),
         ):
             set_strengths(0, steps)
             drawn = pipeline(
@@ -277,11 +284,19 @@ class Generator:
             raise GenerateError(f"the scale of the noise must be above 0, got {scale}")
         return scale
 
-    def _attached(self, uses: "list[IdentityUse]", guidance: float, negative: "Sequence[IdentityUse]"):
-        """A context in which the transformer draws the identities."""
+    def _no_text(self) -> TextEmbedding:
+        """The embedding of an empty prompt; made anew for every call, as LoRAs may change the text encoders."""
+        pipeline = self.pipeline
+        tokens, pooled, _ = pipeline.encode_prompt(
+            "", None, device=pipeline._execution_device, max_sequence_length=self.defaults.max_sequence_length
+        )
+        return TextEmbedding(tokens, pooled)
+
+    def _attached(self, uses: "list[IdentityUse]", **guidance):
+        """A context in which the transformer draws the identities; arguments as of `attach_identities`."""
         from omniid.models.identity_adapter import attach_identities
 
-        return attach_identities(self.pipeline.transformer, uses, guidance=guidance, negative=negative)
+        return attach_identities(self.pipeline.transformer, uses, **guidance)
 
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         width, height = width or self.defaults.image_size, height or self.defaults.image_size

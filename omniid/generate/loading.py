@@ -82,6 +82,7 @@ def defaults_of(preset: BaseConfig) -> GenerateDefaults:
         num_inference_steps=preset.num_inference_steps,
         guidance_scale=preset.guidance_scale,
         id_guidance=preset.id_guidance,
+        joint_guidance=preset.joint_guidance,
         noise_scale=preset.noise_scale,
         max_sequence_length=preset.max_sequence_length,
     )

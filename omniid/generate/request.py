@@ -37,6 +37,7 @@ class Request:
     id_end: float = 1.0
     id_blocks: str = ""
     id_guidance: float | None = None
+    joint_guidance: bool | None = None
     regions: tuple[str, ...] = ()
     region_softness: float = SOFTNESS
     negative_prompt: str | None = None
@@ -61,7 +62,7 @@ class Request:
         """
         defaults = generator.defaults
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("num_inference_steps", "guidance_scale", "id_guidance"):
+        for name in ("num_inference_steps", "guidance_scale", "id_guidance", "joint_guidance"):
             values[name] = getattr(defaults, name) if values[name] is None else values[name]
         if values["noise_scale"] is None:  # the noise that a picture to start from gets stays as it is
             values["noise_scale"] = 1.0 if has_image else defaults.noise_scale
@@ -108,7 +109,9 @@ class Request:
         self, identities: Sequence[Identity], negative_identity: Identity | None = None, **more: object
     ) -> dict:
         """For a picture's metadata: all settings, and fingerprints of the identities. Names of mask files lose their folder."""
-        values = {name: value for name, value in asdict(self).items() if value not in (None, (), "")}
+        values = {name: value for name, value in asdict(self).items() if value not in (None, ())}
+        if not self.id_blocks:  # while an empty negative prompt says something
+            del values["id_blocks"]
         if self.regions:
             values["regions"] = [Path(one).name if Path(one).is_file() else one for one in self.regions]
         if self.pose is not None:
@@ -166,6 +169,10 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -187,6 +194,7 @@ _FITS = {
     "id_blocks": _is_text,
     "regions": _tuple_of(_is_text),
     "negative_prompt": _is_text,
+    "joint_guidance": _is_flag,
     "pose": _tuple_of(_is_number, 3),
     "landmarks": _tuple_of(_tuple_of(_is_number, 2)),
     **dict.fromkeys(
@@ -196,8 +204,8 @@ _FITS = {
     ),
 }  # fmt: skip
 _MAY_BE_NONE = {
-    "width", "height", "num_inference_steps", "guidance_scale", "noise_scale", "id_guidance", "negative_prompt", "pose",
-    "landmarks",
+    "width", "height", "num_inference_steps", "guidance_scale", "noise_scale", "id_guidance", "joint_guidance",
+    "negative_prompt", "pose", "landmarks",
 }  # fmt: skip
 
 
@@ -209,7 +217,7 @@ _DETAILS_FIT = {
     "identities": _tuple_of(_is_text),
     "regions": _tuple_of(_is_text),
     "loras": _tuple_of(_is_lora),
-    "tiling": lambda value: isinstance(value, bool),
+    "tiling": _is_flag,
     **dict.fromkeys(
         ("negative_identity", "image", "mask", "preset", "base", "adapter", "controlnet", "precision", "engine", "runtime"),
         _is_text,

@@ -118,7 +118,10 @@ def run(
     asks_guidance = request.guidance_scale is not None and repeated is None
     if asks_guidance and not getattr(generator.pipeline.transformer.config, "guidance_embeds", True):
         say("this base takes no guidance: --guidance does nothing")
+    asks_joint = request.joint_guidance and repeated is None and not grid
     request = request.completed(generator, sources.landmarks, sources.backend, image is not None)
+    if asks_joint and request.id_guidance == 1:
+        say("--joint-guidance does nothing while --id-guidance is 1")
     for remark in request.remarks(identities, image is not None):
         say(remark)
     hindrance = obstacle(request.width, request.height) if watermark else None

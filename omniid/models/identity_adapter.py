@@ -21,7 +21,7 @@ from omniid.files import atomic_path
 from omniid.kernels.add_identity_attention import add_identity_attention as add_one_identity
 from omniid.kernels.add_identity_attention import add_identity_attention_ as add_one_identity_
 from omniid.kernels.dense_attention import dense_attention
-from omniid.models.flux import FluxLayout, attention_modules, layout_of
+from omniid.models.flux import FluxLayout, TextEmbedding, attention_modules, layout_of
 from omniid.models.hub_model import CARD, HubModel
 
 if TYPE_CHECKING:
@@ -207,13 +207,14 @@ class IdentityAdapter(
         scale: float | Tensor | Sequence[float | Tensor] = 1.0,
         guidance: float = 1.0,
         one_each: bool = False,
+        guide_text: TextEmbedding | None = None,
     ) -> Iterator["AttachedIdentities"]:
         """Within it, any FLUX pipeline of diffusers draws the given people; no other code has to change.
 
         identities: one person, or several, each added with its own `scale` (a number or a map with one value per image
         token). one_each: instead, picture i of a batch shows identity i; the call then has as many prompts as identities,
-        and one picture for each. guidance: as of `attach_identities`. Raises AdapterError for a base that this adapter was
-        not made for, IdentityFileError for identities of another encoder.
+        and one picture for each. guidance, guide_text: as of `attach_identities`. Raises AdapterError for a base that this
+        adapter was not made for, IdentityFileError for identities of another encoder.
         """
         from omniid.identity import Identity
 
@@ -235,7 +236,7 @@ class IdentityAdapter(
                 IdentityUse(IdentityKV(keys.unsqueeze(1), values.unsqueeze(1)), one)
                 for keys, values, one in zip(kv.keys.unbind(1), kv.values.unbind(1), scales, strict=True)
             ]
-        with attach_identities(pipeline.transformer, uses, guidance=guidance) as attached:
+        with attach_identities(pipeline.transformer, uses, guidance=guidance, guide_text=guide_text) as attached:
             yield attached
 
 
@@ -364,13 +365,17 @@ def attach_identities(
     for_training: bool = False,
     guidance: float = 1.0,
     negative: Sequence[IdentityUse] = (),
+    guide_text: TextEmbedding | None = None,
 ) -> Iterator[AttachedIdentities]:
     """Within it, the transformer draws the given identities; afterwards it is as it was before.
 
     for_training: take this package's attention for the joint part too, whose backward is several times faster on a CPU;
     its output equals diffusers' to rounding. Otherwise the joint part is diffusers' own, to the bit.
     guidance: other than 1, every step runs a second time with the `negative` identities (none by default) in place of the
-    others, and the difference is taken that many times (classifier-free guidance by the identity; twice the time).
+    others, and the difference is taken that many times (classifier-free guidance by the identity; twice the time). Steps in
+    which no identity acts run once.
+    guide_text: one prompt's embedding, as long as the others', which takes their place in that second run; an empty prompt's
+    makes it guidance by identity and prompt together.
     Yields the state that the processors read, so that a caller can change strengths between steps. Raises AdapterError for
     a transformer whose attention another adapter has replaced.
     """
@@ -390,6 +395,9 @@ def attach_identities(
     def guide(module: nn.Module, args: tuple, kwargs: dict, output):
         if attached.is_guide_pass or attached.guidance == 1 or not any(attached.of_block):
             return output
+        if guide_text is not None:
+            text = guide_text.expand(len(output[0]))
+            kwargs = kwargs | {"encoder_hidden_states": text.tokens, "pooled_projections": text.pooled}
         attached.is_guide_pass = True  # which also ends the recursion
         try:
             plain = module(*args, **kwargs)[0]

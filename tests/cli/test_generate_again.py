@@ -1,6 +1,7 @@
 """`omniid generate --from`: pictures are repeated from their metadata, which anyone may have written."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -38,11 +39,15 @@ def test_a_picture_is_repeated_from_its_metadata(draw, drawing_weights, identity
     )
 
 
-def test_pictures_of_versions_without_noise_scale_are_repeated_from_whole_noise(draw, identity, tmp_path, run, drawn):
-    first, details = draw("--seed", 5)
-    assert details.pop("noise_scale") == 1.0
+def test_pictures_of_older_versions_are_repeated_as_those_drew(draw, drawing_weights, identity, tmp_path, run, drawn):
+    first, details = draw("--seed", 5, "--id-guidance", 2)
+    assert details.pop("noise_scale") == 1.0 and details.pop("joint_guidance") is False
     save_picture(Image.new("RGB", (32, 32)), tmp_path / "old.png", details)
-    smooth, _ = draw("--seed", 5, "--noise-scale", 0.5)
+    jointly = shutil.copytree(drawing_weights, tmp_path / "jointly")
+    preset = (jointly / "preset.toml").read_text()
+    (jointly / "preset.toml").write_text(preset.replace("joint_guidance = false", "joint_guidance = true"))
+    assert (draw("--seed", 5, "--id-guidance", 2, "--preset", jointly)[0] != first).any()
+    smooth, _ = draw("--seed", 5, "--id-guidance", 2, "--noise-scale", 0.5)
 
     def again(source, *options):
         result = run("--from", tmp_path / source, "--id", identity, "-o", tmp_path / "again.png", *options)
@@ -50,6 +55,7 @@ def test_pictures_of_versions_without_noise_scale_are_repeated_from_whole_noise(
         return drawn(tmp_path / "again.png")
 
     assert (again("old.png") == first).all() and (again("drawn.png") == smooth).all()
+    assert (again("old.png", "--preset", jointly) == first).all()
     assert (again("old.png", "--noise-scale", 0.5) == smooth).all()
     Image.new("RGB", (32, 32), (90, 120, 60)).save(tmp_path / "start.png")
     again("drawn.png", "--image", tmp_path / "start.png")

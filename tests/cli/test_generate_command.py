@@ -112,6 +112,7 @@ def test_wrong_usage(arguments, message, run):
     [
         ("--id-scale", "0.5", "--id"),
         ("--id-guidance", "2", "--id"),
+        ("--joint-guidance", None, "--id"),
         ("--id-start", "0.5", "--id"),
         ("--id-end", "0.5", "--id"),
         ("--id-blocks", "double=0", "--id"),
@@ -127,7 +128,7 @@ def test_wrong_usage(arguments, message, run):
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(option, value, needed, run):
-    result = run("--prompt", "photo", option, value)
+    result = run("--prompt", "photo", option, *([] if value is None else [value]))
     assert result.exit_code == 2
     assert f"{option} does nothing without {needed}; add that, or leave it out" in result.stderr
 
@@ -225,6 +226,16 @@ def test_negative_prompt_and_negative_identity(draw, other):
         assert (pushed != plain).any()
     assert details["negative_identity"] == Identity.load(other).fingerprint()
     assert (draw("--negative", "person", "--negative-scale", 4)[0] != draw("--negative", "person")[0]).any()
+    assert draw("--negative", "")[1]["negative_prompt"] == ""
+
+
+def test_joint_guidance(draw, run, identity, drawing_weights, tmp_path):
+    joint, details = draw("--id-guidance", 3, "--joint-guidance")
+    alone, plainly = draw("--id-guidance", 3)
+    assert (joint != alone).any() and details["joint_guidance"] is True and plainly["joint_guidance"] is False
+    arguments = ("--preset", drawing_weights, "--id", identity, "--prompt", "photo", "-o", tmp_path / "out.png")
+    result = run(*arguments, "--joint-guidance")
+    assert result.exit_code == 0 and "--joint-guidance does nothing while --id-guidance is 1" in result.stderr
 
 
 def test_pictures_to_start_from(draw, drawing_weights, tmp_path, run):

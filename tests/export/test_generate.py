@@ -66,6 +66,7 @@ def psnr(wanted, got):
 SETTINGS = {
     "schedule over the steps": (1, {"id_scale": Schedule((5.0, 1.0)), "id_end": 0.9}),
     "guidance away from somebody": (1, {"id_guidance": 4.0, "negative": True, "num_images": 2}),
+    "guidance by identity and prompt": (1, {"id_guidance": 4.0, "joint_guidance": True, "num_images": 2}),
     "two people in regions": (2, {"regions": ["left", "right"], "id_scale": [6.0, 3.0], "id_blocks": "double=0.5"}),
     "nobody": (0, {"negative_prompt": "a person"}),
     "a picture to start from, under a mask": (

@@ -24,6 +24,7 @@ def test_one_compilation_serves_all_people_and_strengths(drawing_weights, genera
         {"identity": make_person(0), "id_guidance": 2.0},
         {"identity": make_person(1), "seed": 3, "id_scale": 0.7},
         {"identity": make_person(2), "seed": 4, "id_scale": 0.3, "negative_prompt": "of"},
+        {"identity": make_person(0), "id_guidance": 2.0, "joint_guidance": True},
     ]
     counts = []
     for one in settings:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from omniid.data.synthetic import template_landmarks
 from omniid.errors import OmniIDError
-from omniid.generate import GenerateError, Schedule, load_generator
+from omniid.generate import GenerateError, Generator, Schedule, load_generator
 from omniid.models.flux import embed_text, predict_velocity
 from omniid.models.identity_adapter import AdapterError, IdentityUse, attach_identities
 from omniid.models.mini_base import build_base
@@ -305,6 +305,29 @@ def test_guidance_is_linear_in_the_velocity(generator, make_person):
     none, one, three = velocities
     torch.testing.assert_close(three, none + 3 * (one - none))
     torch.testing.assert_close(none, predict_velocity(transformer, *arguments))
+
+
+def test_joint_guidance_takes_the_prompts_change_as_often(generator, make_person):
+    def drawn(prompt="photo", **settings):
+        return pixels(generator.generate(make_person(0), prompt, num_inference_steps=1, **settings))
+
+    joint = drawn(id_guidance=3.0, joint_guidance=True)
+    assert (joint != drawn(id_guidance=3.0)).any()
+    assert (drawn(joint_guidance=True) == drawn()).all()
+    nobody = pixels(generator.generate(None, "photo", num_inference_steps=1))
+    assert (drawn(id_scale=0.0, id_guidance=3.0, joint_guidance=True) == nobody).all()
+    # With guidance 0 the prompt says nothing any more.
+    unheard = {"id_guidance": 0.0, "joint_guidance": True}
+    assert (drawn(**unheard) == drawn("of", **unheard)).all() and (drawn() != drawn("of")).any()
+    preset = dataclasses.replace(generator.defaults, id_guidance=3.0, joint_guidance=True)
+    by_preset = Generator(generator.pipeline, generator.adapter, preset)
+    assert (pixels(by_preset.generate(make_person(0), "photo", num_inference_steps=1)) == joint).all()
+    people = [make_person(0), make_person(1)]
+    both = pixels(by_preset.generate_batch(people, ["photo", "of"], seeds=[0, 4], num_inference_steps=1))
+    assert np.abs(both[0] - joint[0]).max() <= 1
+    with_all = {"negative_identity": make_person(1), "negative_prompt": "of"}
+    pushed = pixels(by_preset.generate(make_person(0), "photo", num_inference_steps=1, **with_all))
+    assert (pushed != joint).any()
 
 
 def test_landmarks_steer_the_picture_as_strongly_as_said(controlled, generator, make_person):

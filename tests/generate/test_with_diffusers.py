@@ -52,6 +52,10 @@ def test_plain_code_draws_several_people_and_batches(pipe, adapter, generator, m
     with adapter.drawing(pipe, people, scale=[1.0, 0.5], guidance=2.0):
         together = draw(pipe)
     assert (together == pixels(generator.generate(people, "photo", id_scale=[1.0, 0.5], id_guidance=2.0))).all()
+    with adapter.drawing(pipe, people, guidance=2.0, guide_text=embed_text(pipe, [""], 24)):
+        jointly = draw(pipe)
+    settings = {"id_guidance": 2.0, "joint_guidance": True}
+    assert (jointly == pixels(generator.generate(people, "photo", **settings))).all() and (jointly != together).any()
     with adapter.drawing(pipe, people, one_each=True):
         batch = draw(pipe, ["photo", "photo of a person"])
     each = pixels(generator.generate_batch(people, ["photo", "photo of a person"]))
@@ -104,7 +108,7 @@ def test_offloaded_weights_draw_the_same(pipe, adapter, generator, make_person):
         cpu_offload(part, execution_device=torch.device("cpu"))  # what sequential offload does, to a GPU
     assert pipe.transformer.device.type == "meta"
     offloaded = Generator(pipe, adapter, generator.defaults)
-    for settings in ({}, {"id_guidance": 2.0}, {"negative_prompt": "of"}):
+    for settings in ({}, {"id_guidance": 2.0, "joint_guidance": True}, {"negative_prompt": "of"}):
         drawn = pixels(offloaded.generate(make_person(0), "photo", **settings))
         assert (drawn == pixels(generator.generate(make_person(0), "photo", **settings))).all()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from omniid.models.flux import attention_modules
+from omniid.models.flux import TextEmbedding, attention_modules
 from omniid.models.identity_adapter import AdapterError, IdentityAdapter, IdentityUse, attach_identities
 
 WIDTH, HEADS, HEAD_DIM = 24, 2, 16
@@ -117,6 +117,18 @@ def test_guidance_moves_away_from_the_negative_identity(transformer, adapter):
     torch.testing.assert_close(guided, away + 3 * (own - away))
     with torch.no_grad(), attach_identities(transformer, [use]):  # without gradients it is added in place
         torch.testing.assert_close(transformer(**inputs())[0], own)
+
+
+def test_guidance_moves_away_from_another_text_where_an_identity_acts(transformer, adapter):
+    use, given, other = IdentityUse(adapter.project(tokens(2))), inputs(2), inputs(seed=5)
+    nothing = TextEmbedding(other["encoder_hidden_states"], other["pooled_projections"])
+    said = {"encoder_hidden_states": nothing.tokens.repeat(2, 1, 1), "pooled_projections": nothing.pooled.repeat(2, 1)}
+    own, away = output(transformer, [use], **given), output(transformer, [], **(given | said))
+    nobody = output(transformer, [], **given)
+    with attach_identities(transformer, [use], guidance=3.0, guide_text=nothing) as attached:
+        torch.testing.assert_close(transformer(**given)[0], away + 3 * (own - away))
+        attached.uses[0].strength = 0.0
+        assert torch.equal(transformer(**given)[0], nobody)
 
 
 def test_keys_and_values_made_once_serve_every_step(transformer, adapter):
