@@ -244,6 +244,9 @@ class StageConfig:
     control_double_blocks: int = 4
     control_single_blocks: int = 10
     """Control stage only: blocks of the landmark ControlNet. Not stated in the paper; diffusers' defaults for FLUX."""
+    train_adapter: bool = True
+    """Control stage only: whether the adapter learns too (Table 1's setting). Without, the ControlNet learns for the adapter as
+    it is, which draws the same people as before where no landmarks are given."""
     keep_controlnet: bool = False
     """T2i stage only: a frozen landmark ControlNet tells the pose while training; pictures are drawn without it."""
     identity_loss_weight: float = 0.0

@@ -1,8 +1,9 @@
 """Stage `control`: controlled generation from a landmark picture (Sec. 4.2, Table 1).
 
 Encoder and base are frozen; the landmark ControlNet and the identity adapter learn flow matching together (Eq. 6-7).
-The adapter goes on from the one of stage `flow` where the weights hold it. With `conditioning_dropout`, which is not the paper's,
-a share of targets is drawn without landmarks, so that the adapter serves both.
+The adapter goes on from the one of stage `flow` where the weights hold it. Two options are not the paper's: with
+`conditioning_dropout` a share of targets is drawn without landmarks, so that the adapter serves both; without
+`train_adapter` only the ControlNet learns, and pictures without landmarks stay as they were.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from omniid.config import Preset
 from omniid.data.few_to_many import Batch
+from omniid.errors import OmniIDError
 from omniid.models.encoder import load_weights
 from omniid.models.landmark_controlnet import (
     build_landmark_controlnet,
@@ -31,14 +33,22 @@ class ControlStage(FlowStage):
     cached = ("latents", "control_latents")
 
     def __init__(self, preset: Preset, weights: Path, cache: Path | None = None):
-        """`weights` and `cache` as for `FlowStage`; its adapter is taken where there is one."""
+        """`weights` and `cache` as for `FlowStage`; its adapter is taken where there is one. Raises OmniIDError where there is
+        none and none is to be trained."""
         super().__init__(preset, weights, preset.train.control, cache)
         self._keep_encoder(weights)
+        if not self.config.train_adapter:
+            if not (weights / "adapter.safetensors").is_file():
+                raise OmniIDError(
+                    f"{weights} holds no adapter that a ControlNet could learn for; run stage flow first, or leave out "
+                    "train.control.train_adapter=false"
+                )
+            self.adapter.requires_grad_(False)
         self.controlnet = build_landmark_controlnet(
             self.transformer, self.config.control_double_blocks, self.config.control_single_blocks
         ).requires_grad_(True)
         self.model = nn.ModuleDict({"adapter": self.adapter, "controlnet": self.controlnet})
-        if self.encoder.trained_with_adapter:
+        if self.encoder.trained_with_adapter and self.config.train_adapter:
             self.encoder.freeze_representation()
             self.model["encoder"] = self.encoder
 

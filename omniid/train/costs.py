@@ -170,6 +170,7 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
     num_images = len(codes) * config.num_targets
     with torch.device("meta"):
         adapter = IdentityAdapter.for_transformer(transformer, preset.encoder.width)
+        adapter.requires_grad_(stage != "control" or config.train_adapter)
         text = TextEmbedding(
             torch.empty(1, preset.base.max_sequence_length, transformer.config.joint_attention_dim),
             torch.empty(1, transformer.config.pooled_projection_dim),

@@ -86,6 +86,26 @@ def test_targets_without_landmarks_are_drawn_as_by_stage_flow(tiny, weights, bat
     assert shown[0] == shown[1]
 
 
+def test_the_controlnet_can_learn_alone_for_an_adapter_that_is_there(tiny, weights, batch, tmp_path):
+    control = dataclasses.replace(tiny.train.control, train_adapter=False)
+    alone = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, control=control))
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    (folder / "adapter.safetensors").unlink(missing_ok=True)
+    with pytest.raises(OmniIDError, match="holds no adapter that a ControlNet could learn for; run stage flow first"):
+        ControlStage(alone, folder)
+    FlowStage(tiny, weights).export(folder)
+    stage = ControlStage(alone, folder)
+    stage.model.train()
+    stage.loss(batch, identity_generators(0, batch.places))[0].backward()
+    assert all(parameter.grad is None for parameter in stage.adapter.parameters())
+    assert any(parameter.grad is not None for parameter in stage.controlnet.parameters())
+    (tmp_path / "trained").mkdir()
+    stage.export(tmp_path / "trained")
+    before, after = (IdentityAdapter.load(one / "adapter.safetensors") for one in (folder, tmp_path / "trained"))
+    assert all(torch.equal(*pair) for pair in zip(before.parameters(), after.parameters(), strict=True))
+    assert after.encoder_fingerprint == before.encoder_fingerprint
+
+
 def test_the_whole_stage_runs_and_leaves_adapter_and_controlnet(tiny, weights, records, tmp_path):
     folder, preset = tmp_path / "weights", tmp_path / "tiny.toml"
     shutil.copytree(weights, folder)

@@ -220,6 +220,8 @@ def test_control_trains_adapter_and_controlnet_and_freezes_the_encoder(tiny_file
     plan = plan_stage("control", tiny_file)
     assert {part.name for part in plan.parts if part.is_trained} == {"adapter", "controlnet"}
     assert {part.name for part in plan.parts if part.backward_flops == 0} == {"tower", "encoder", "autoencoder"}
+    alone = plan_stage("control", tiny_file, overrides=["train.control.train_adapter=false"])
+    assert {part.name for part in alone.parts if part.is_trained} == {"controlnet"}
     again = plan_stage("control", tiny_file, overrides=["train.control.memory=full"])
     assert again.step_flops > plan.step_flops and again.memory["full"].total < plan.memory["none"].total
 
