@@ -158,7 +158,7 @@ class BaseConfig:
     id_guidance: float = 1.0
     """How many times what an identity changes is taken when generating; other than 1 costs twice the time."""
     joint_guidance: bool = False
-    """Whether it is taken of what identity and prompt change together."""
+    """Whether it is taken of what identity, prompt and landmarks change together."""
     noise_scale: float = 1.0
     """Scale of the noise that pictures are drawn from; below 1 less varied, smoother."""
     prompt: str = "photo of a person."

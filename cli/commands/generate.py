@@ -55,7 +55,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--joint-guidance/--no-joint-guidance",
     default=None,
-    help="Whether the prompt's change is taken as many times; the preset's if not given.",
+    help="Whether the change of prompt and landmarks is taken as often; the preset's if not given.",
 )
 @click.option("--id-start", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="The identity acts from")
 @click.option(

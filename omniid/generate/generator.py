@@ -98,9 +98,9 @@ class Generator:
         (height / 16 * width / 16,), a map with one value per image token, row by row. id_start, id_end: the part of the
         steps, 0..1, in which identities act. id_blocks: factors for kinds of blocks, as `schedule.block_scales` reads them.
         id_guidance: how many times what the identities change is taken, by running every step without them too (twice the
-        time unless it is 1); by default the preset's. joint_guidance: whether that second run has an empty prompt, too, so that
-        what the prompt changes is taken as many times; by default as the preset says. negative_identity: the person to push
-        away from, who takes the place of nobody in that second run.
+        time unless it is 1); by default the preset's. joint_guidance: whether that second run has an empty prompt and no
+        landmarks, too, so that what these change is taken as many times; by default as the preset says. negative_identity: the
+        person to push away from, who takes the place of nobody in that second run.
         regions: where each identity acts, in their order: `regions.Region` or the text that it reads (`left`, a box, a mask
         file). region_softness: width of their soft edges as a share of the shorter side.
         negative_scale: how strongly `negative_prompt` pushes away (true classifier-free guidance, twice the time).

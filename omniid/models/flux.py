@@ -103,6 +103,9 @@ def attention_modules(transformer: nn.Module) -> list[nn.Module]:
     return [block.attn for block in blocks]
 
 
+CONTROL_SAMPLES = ("controlnet_block_samples", "controlnet_single_block_samples")
+"""Arguments by which diffusers gives a ControlNet's outputs to FLUX's transformer."""
+
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
@@ -331,12 +334,11 @@ def predict_velocity(
     """
     inputs, samples = (latents, time, text, guidance), {}
     if controlnet is not None:
-        names = ("controlnet_block_samples", "controlnet_single_block_samples")
         outputs = run_flux(controlnet, *inputs, controlnet_cond=pack_latents(control))
         if control_weight is not None:
             weight = control_weight.view(-1, 1, 1)
             outputs = [None if part is None else tuple(weight * sample for sample in part) for part in outputs]
-        samples = dict(zip(names, outputs, strict=True))
+        samples = dict(zip(CONTROL_SAMPLES, outputs, strict=True))
     return unpack_latents(run_flux(transformer, *inputs, **samples)[0], *latents.shape[-2:])
 
 

@@ -21,7 +21,7 @@ from omniid.files import atomic_path
 from omniid.kernels.add_identity_attention import add_identity_attention as add_one_identity
 from omniid.kernels.add_identity_attention import add_identity_attention_ as add_one_identity_
 from omniid.kernels.dense_attention import dense_attention
-from omniid.models.flux import FluxLayout, TextEmbedding, attention_modules, layout_of
+from omniid.models.flux import CONTROL_SAMPLES, FluxLayout, TextEmbedding, attention_modules, layout_of
 from omniid.models.hub_model import CARD, HubModel
 
 if TYPE_CHECKING:
@@ -374,8 +374,8 @@ def attach_identities(
     guidance: other than 1, every step runs a second time with the `negative` identities (none by default) in place of the
     others, and the difference is taken that many times (classifier-free guidance by the identity; twice the time). Steps in
     which no identity acts run once.
-    guide_text: one prompt's embedding, as long as the others', which takes their place in that second run; an empty prompt's
-    makes it guidance by identity and prompt together.
+    guide_text: one prompt's embedding, as long as the others', which takes their place in that second run, and what a ControlNet
+    says is left out there; an empty prompt's makes it guidance by identity, prompt and landmarks together.
     Yields the state that the processors read, so that a caller can change strengths between steps. Raises AdapterError for
     a transformer whose attention another adapter has replaced.
     """
@@ -397,7 +397,8 @@ def attach_identities(
             return output
         if guide_text is not None:
             text = guide_text.expand(len(output[0]))
-            kwargs = kwargs | {"encoder_hidden_states": text.tokens, "pooled_projections": text.pooled}
+            said = {"encoder_hidden_states": text.tokens, "pooled_projections": text.pooled}
+            kwargs = kwargs | said | dict.fromkeys(CONTROL_SAMPLES)
         attached.is_guide_pass = True  # which also ends the recursion
         try:
             plain = module(*args, **kwargs)[0]

@@ -1,8 +1,8 @@
 """The landmark ControlNet: tells FLUX where eyes, nose, lips and jaw are to be (Sec. 4.2).
 
 diffusers' `FluxControlNetModel`, whose control picture is `faces.landmarks.draw_landmarks` seen through the base's
-autoencoder. Its blocks start as copies of the base's first blocks and its outputs at zero, so an untrained one changes
-nothing.
+autoencoder. Its blocks start as copies of the base's first blocks, it reads landmarks as the base reads pictures, and its
+outputs start at zero, so an untrained one changes nothing.
 """
 
 import contextlib
@@ -28,13 +28,16 @@ def build_landmark_controlnet(transformer: nn.Module, num_double_blocks: int, nu
 
     layout = layout_of(transformer)
     with _without_remarks():
-        return FluxControlNetModel.from_transformer(
+        controlnet = FluxControlNetModel.from_transformer(
             transformer,
             num_layers=min(num_double_blocks, layout.num_double_blocks),
             num_single_layers=min(num_single_blocks, layout.num_single_blocks),
             attention_head_dim=layout.head_dim,
             num_attention_heads=layout.num_heads,
         )
+    # diffusers starts it at zero, behind outputs of zero: neither tells the other where to go, which small ones do not get over.
+    controlnet.controlnet_x_embedder.load_state_dict(transformer.x_embedder.state_dict())
+    return controlnet
 
 
 def load_landmark_controlnet(

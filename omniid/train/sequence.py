@@ -45,10 +45,9 @@ TOLD_PARTS = {
     "base": Part("base", 0.2),
     "mtd": Part("mtd", 0.25),
     "told": Part("base", 0.4, goes_on=True),  # with the adapter, in place of flow
-    "recogniser": Part("recogniser", 0.03),
-    "control": Part("control", 0.12),
+    "control": Part("control", 0.15),
 }
-"""Those with a recogniser of photos."""
+"""Those with a recogniser of photos, which takes the place of one of latents."""
 THROUGH_PHOTOS = {
     "mtd": {"identity_loss_weight": 0.2, "batch_identities": 32, "num_targets": 2},
     "told": {
@@ -120,6 +119,8 @@ def _settings(name: str, part: Part, weights: Path, recogniser: str | Path | Non
     """Overrides that make the identity loss of a part."""
     if recogniser is not None and name in THROUGH_PHOTOS:
         values = {**EACH_THROUGH_PHOTOS, **THROUGH_PHOTOS[name], "recogniser": str(recogniser)}
+    elif recogniser is not None and part.stage == "control":
+        values = {"train_adapter": False}  # which has learned to draw people already
     elif part.stage in ("flow", "control"):
         values = {"recogniser": str(weights / RECOGNISER_FILE), "identity_loss_weight": IDENTITY_LOSS_WEIGHT}
     else:

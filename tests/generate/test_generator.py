@@ -337,6 +337,10 @@ def test_landmarks_steer_the_picture_as_strongly_as_said(controlled, generator, 
     assert (plain == pixels(controlled.generate(make_person(0), "photo", landmarks=points, landmark_scale=0.0))).all()
     steered = pixels(controlled.generate(make_person(0), "photo", landmarks=points))
     assert (steered != plain).any()
+    # With guidance 0 nothing is heard any more, landmarks neither.
+    unheard = {"id_guidance": 0.0, "joint_guidance": True}
+    deaf = pixels(controlled.generate(make_person(0), "photo", landmarks=points, **unheard))
+    assert (deaf == pixels(generator.generate(make_person(0), "photo", **unheard))).all()
     turned = pixels(controlled.generate(make_person(0), "photo", landmarks=template_landmarks(40, 0, 0, size=32)))
     assert (turned != steered).any()
 

@@ -37,18 +37,28 @@ def test_the_stages_fill_one_weights_folder_and_a_stop_is_gone_on_from(tiny_file
 
 
 @pytest.mark.slow
-def test_with_a_recogniser_codes_and_drawn_people_learn_through_it(tiny_file, records, recogniser, tmp_path):
-    runs, weights = tmp_path / "runs", tmp_path / "weights"
-    short = [f"train.{stage}.steps=2" for stage in ("base", "mtd", "recogniser", "control")]
+def test_with_a_recogniser_codes_and_drawn_people_learn_through_it(
+    tiny_file, records, recogniser, tmp_path, monkeypatch
+):
+    runs, weights, adapters, real = tmp_path / "runs", tmp_path / "weights", [], sequence.run_stage
+
+    def watched(stage, *arguments, **options):
+        if stage == "control":
+            adapters.append((weights / "adapter.safetensors").read_bytes())
+        return real(stage, *arguments, **options)
+
+    monkeypatch.setattr(sequence, "run_stage", watched)
+    short = [f"train.{stage}.steps=2" for stage in ("base", "mtd", "control")]
     few = [f"train.{stage}.batch_identities=4" for stage in ("base", "mtd")]
     one_block = "train.control.control_single_blocks=1"
     overrides = [*short, *few, "train.base.autoencoder_steps=1", one_block]
     arguments = {"recogniser": recogniser, "overrides": overrides, "device": "cpu", "progress": False}
     assert train_sequence(tiny_file, records, runs, weights, **arguments)
     assert json.loads((runs / sequence.PROGRESS).read_text())["done"] == list(sequence.TOLD_PARTS)
-    for name in ("mtd", "told/transformer", "control"):
+    for name in ("mtd", "told/transformer"):
         assert "identity_loss" in (runs / name / "metrics.jsonl").read_text()
     assert not (runs / "told" / "autoencoder").exists()  # it went on from the first part's
+    assert adapters[0] == (weights / "adapter.safetensors").read_bytes()  # which the ControlNet was trained for
     files = {path.relative_to(weights).as_posix() for path in weights.rglob("*") if path.is_file()}
     assert {"encoder.safetensors", "adapter.safetensors", "controlnet/config.json", "base/model_index.json"} <= files
     with pytest.raises(OmniIDError, match="was begun with a recogniser; go on so"):
