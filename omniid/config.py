@@ -278,6 +278,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         low, high = self.num_inputs
         _require(1 <= low <= high, f"num_inputs must be a range like [1, 3], got {list(self.num_inputs)}")
+        blocks = self.control_double_blocks, self.control_single_blocks
+        _require(min(blocks) >= 0 and sum(blocks) > 0, "the landmark ControlNet needs a block of some kind")
         _require(
             self.precision in ("auto", "fp32", "bf16"), f"precision must be auto, fp32 or bf16, got {self.precision!r}"
         )

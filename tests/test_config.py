@@ -51,6 +51,7 @@ def test_targets_keep_enough_tokens_to_read_the_pose():
         ("encoder.num_heads=5", "not a multiple of encoder.num_heads"),
         ("base.sizes.head_dim=20", "must sum to head_dim"),
         ("base.noise_scale=0", "base.noise_scale must be above 0, got 0"),
+        ("train.control.control_double_blocks=0", "the landmark ControlNet needs a block of some kind"),
         ("name.x=3", "'name' is a value"),
         ("steps", "--set takes key=value"),
     ],

@@ -398,7 +398,8 @@ def attach_identities(
         if guide_text is not None:
             text = guide_text.expand(len(output[0]))
             said = {"encoder_hidden_states": text.tokens, "pooled_projections": text.pooled}
-            kwargs = kwargs | said | dict.fromkeys(CONTROL_SAMPLES)
+            # What is not there stays away: other arguments would make a compiled transformer compile again.
+            kwargs = kwargs | said | {name: None for name in CONTROL_SAMPLES if name in kwargs}
         attached.is_guide_pass = True  # which also ends the recursion
         try:
             plain = module(*args, **kwargs)[0]

@@ -47,6 +47,10 @@ class ControlStage(FlowStage):
         self.controlnet = build_landmark_controlnet(
             self.transformer, self.config.control_double_blocks, self.config.control_single_blocks
         ).requires_grad_(True)
+        if not len(self.controlnet.single_transformer_blocks):  # nothing reads the text of the last block
+            last = self.controlnet.transformer_blocks[-1]
+            for part in (last.attn.to_add_out, last.ff_context):
+                part.requires_grad_(False)
         self.model = nn.ModuleDict({"adapter": self.adapter, "controlnet": self.controlnet})
         if self.encoder.trained_with_adapter and self.config.train_adapter:
             self.encoder.freeze_representation()

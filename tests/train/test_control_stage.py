@@ -106,6 +106,17 @@ def test_the_controlnet_can_learn_alone_for_an_adapter_that_is_there(tiny, weigh
     assert after.encoder_fingerprint == before.encoder_fingerprint
 
 
+@pytest.mark.parametrize(("double", "single"), [(1, 0), (0, 1), (1, 1)])
+def test_everything_that_trains_has_a_say(tiny, weights, batch, double, single):
+    """Or processes that average their gradients would wait for what never comes."""
+    control = dataclasses.replace(tiny.train.control, control_double_blocks=double, control_single_blocks=single)
+    stage = ControlStage(dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, control=control)), weights)
+    stage.model.train()
+    stage.loss(batch, identity_generators(0, batch.places))[0].backward()
+    trained = {name: p.grad for name, p in stage.model.named_parameters() if p.requires_grad}
+    assert [name for name, gradient in trained.items() if gradient is None] == []
+
+
 def test_the_whole_stage_runs_and_leaves_adapter_and_controlnet(tiny, weights, records, tmp_path):
     folder, preset = tmp_path / "weights", tmp_path / "tiny.toml"
     shutil.copytree(weights, folder)

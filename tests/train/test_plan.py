@@ -228,9 +228,10 @@ def test_control_trains_adapter_and_controlnet_and_freezes_the_encoder(tiny_file
 
 @pytest.mark.parametrize("kind", ["double", "single"])
 def test_a_controlnet_may_lack_blocks_of_a_kind(tiny_file, kind):
-    parts = {}
+    parts, other = {}, {"double": "single", "single": "double"}[kind]
     for count in (0, 1):
-        plan = plan_stage("control", tiny_file, overrides=[f"train.control.control_{kind}_blocks={count}"])
+        blocks = [f"train.control.control_{kind}_blocks={count}", f"train.control.control_{other}_blocks=1"]
+        plan = plan_stage("control", tiny_file, overrides=blocks)
         parts[count] = {part.name: part for part in plan.parts}["controlnet"]
     assert 0 < parts[0].parameters < parts[1].parameters
     assert 0 < parts[0].forward_flops < parts[1].forward_flops
