@@ -7,6 +7,7 @@ outputs start at zero, so an untrained one changes nothing.
 
 import contextlib
 import copy
+import json
 import re
 import shutil
 import warnings
@@ -114,6 +115,10 @@ def save_landmark_controlnet(controlnet: nn.Module, folder: str | Path, dtype: t
     shutil.rmtree(fresh, ignore_errors=True)
     copy.deepcopy(controlnet).to(device="cpu", dtype=dtype).save_pretrained(fresh)
     drop_origin(fresh)
+    # `from_transformer` keeps a setting of the transformer's that the class itself then remarks on whenever it is loaded.
+    config = json.loads((fresh / "config.json").read_text(encoding="utf-8"))
+    config.pop("out_channels", None)
+    (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 
