@@ -36,7 +36,7 @@ def build_landmark_controlnet(transformer: nn.Module, num_double_blocks: int, nu
             attention_head_dim=layout.head_dim,
             num_attention_heads=layout.num_heads,
         )
-    # diffusers starts it at zero, behind outputs of zero: neither tells the other where to go, which small ones do not get over.
+    # diffusers starts it at zero, behind outputs of zero: then neither has a gradient that knows of landmarks at first.
     controlnet.controlnet_x_embedder.load_state_dict(transformer.x_embedder.state_dict())
     return controlnet
 
