@@ -261,6 +261,12 @@ class StageConfig:
     identity_loss_steps: int = 0
     """The identity loss looks at what is drawn from noise alone, somewhere on the way of so many steps, and not at what is
     predicted from noisy photos, which show the person themselves. 0 leaves it at these."""
+    landmark_loss_weight: float = 0.0
+    """Control stage only: weight, beside Eq. 7, of how far the landmarks and angles of drawn faces are from those asked for. 0
+    leaves it out, as the paper does."""
+    landmark_loss_pictures: int = 0
+    landmark_loss_steps: int = 0
+    """As `identity_loss_pictures` and `identity_loss_steps`, of the landmark loss."""
     recogniser: str = ""
     """File of the recogniser for the identity loss: `recogniser.safetensors` of stage `recogniser`, which reads latents, or
     one of pictures, as `omniid export recogniser` makes from ONNX files."""
@@ -325,6 +331,12 @@ class StageConfig:
                 getattr(self, name) == 0 or self.identity_loss_weight > 0,
                 f"{name} is about the identity loss; set identity_loss_weight too, or leave it out",
             )
+        for name in ("landmark_loss_pictures", "landmark_loss_steps"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+            _require(
+                getattr(self, name) == 0 or self.landmark_loss_weight > 0,
+                f"{name} is about the landmark loss; set landmark_loss_weight too, or leave it out",
+            )
         alone = self.tokens_per_batch == 0 and self.batch_identities < 2 * self.accumulation
         _require(
             self.identity_loss_temperature == 0 or not (alone or self.identity_loss_pictures == 1),
@@ -350,6 +362,7 @@ class TrainConfig:
     """None in presets that were saved before this stage was there, as are the next."""
     t2i: StageConfig | None = None
     recogniser: StageConfig | None = None
+    faces: StageConfig | None = None
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

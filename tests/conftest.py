@@ -54,7 +54,7 @@ TINY = [
     "base.sizes.num_double_blocks=1", "base.sizes.num_single_blocks=2", "base.sizes.num_heads=2", "base.sizes.head_dim=16",
     "base.sizes.axes_dims=[4, 6, 6]", "base.sizes.t5_width=16", "base.sizes.t5_layers=1", "base.sizes.t5_heads=2",
     "base.sizes.clip_width=16", "base.sizes.clip_layers=1", "base.sizes.clip_heads=2",
-    *(f"train.{stage}.{setting}" for stage in ("base", "mtd", "flow", "control", "t2i", "recogniser") for setting in (
+    *(f"train.{stage}.{setting}" for stage in ("base", "mtd", "flow", "control", "t2i", "recogniser", "faces") for setting in (
         "batch_identities=4", "num_targets=2", "warmup_steps=2", "steps=8", "save_every=3", "sample_every=4", "log_every=1",
         "precision=fp32", "mirror=0.0", "max_yaw=90.0", "timestep_shift=1.0",
     )),

@@ -12,7 +12,7 @@ import click
     "--faces",
     default="files",
     show_default=True,
-    help="What finds and measures the faces: files, files:FOLDER or uniface.",
+    help="What finds and measures the faces: offline, files, files:FOLDER or uniface.",
 )
 @click.option("--size", default=256, show_default=True, type=click.IntRange(32, 1024), help="Side of a crop, pixels.")
 @click.option("--min-face", default=0.0, show_default=True, help="Smaller faces are left out: longer side, pixels.")

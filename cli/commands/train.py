@@ -173,6 +173,14 @@ def recogniser(**options) -> None:
     _plan_or_run("recogniser", **options)
 
 
+@train.command()
+@_stage_options
+@_plan_options
+def faces(**options) -> None:
+    """Landmarks, pose and mask of aligned faces, for the face backend `offline`; not part of the paper."""
+    _plan_or_run("faces", **options)
+
+
 def _plan_or_run(name, only_plan, gpus, gpu, efficiency, price, **options) -> None:
     if not only_plan:
         _run(name, **options)

@@ -40,6 +40,8 @@ class Batch:
     """Identities that were damaged and replaced, with the reason."""
     landmarks: np.ndarray | None = None
     """(B, T, 66, 2) of the targets in pixels, where asked for."""
+    poses: np.ndarray | None = None
+    """(B, T, 3) yaw, pitch, roll of the targets in degrees, where landmarks are asked for; None of scenes."""
     latents: Tensor | None = None
     """(B, T, C, h, w) of the targets as their autoencoder gave them, from a `LatentCache`."""
     control_latents: Tensor | None = None
@@ -60,7 +62,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
     """Item s is the batch of step s. Each epoch walks all identities once in a new order.
 
     num_inputs: closed range of |X^s|, drawn per identity. num_targets: |X^r|. max_yaw: degrees beyond which photos are left
-    out. mirror: share of identities shown mirrored, captions included. landmarks: whether batches hold them; records
+    out. mirror: share of identities shown mirrored, captions included. landmarks: whether batches hold them and poses; records
     without the 66 points of `faces.landmarks` then count as damaged. rank, world_size: this process takes every
     world_size-th identity of the global batch. photos: other than 0, a global batch holds this many inputs on average instead
     of `batch_identities` people, and each process its part of them (`PhotoBudget`). latents: caches by the batch's field that
@@ -138,7 +140,8 @@ class FewToManyBatches(torch.utils.data.Dataset):
             identity_ids=[one["identity_id"] for one in people],
             places=list(places),
             skipped=[text for one in people for text in one["skipped"]],
-            landmarks=np.stack([one["landmarks"] for one in people]) if self.landmarks else None,
+            # Scenes have no poses.
+            **{name: np.stack([one[name] for one in people]) for name in ("landmarks", "poses") if name in people[0]},
             **{name: _stacked([one[name] for one in people]) for name in self.latents},
         )
 
@@ -227,7 +230,7 @@ class FewToManyBatches(torch.utils.data.Dataset):
         self, row: Mapping, number: int, inputs: np.ndarray, targets: np.ndarray, pictures: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """Fills `pictures` from row `number`: inputs uint8 (n, input_size, input_size, 3), targets (n, size, size, 3), masks
-        bool, the last two where they are in it; returns the landmarks if asked for."""
+        bool, the last two where they are in it; returns landmarks and poses if asked for."""
         if self.reads_inputs:
             self._decode(row, number, inputs, self.input_size, pictures["inputs"])
         if "targets" in pictures:
@@ -235,7 +238,13 @@ class FewToManyBatches(torch.utils.data.Dataset):
         if not self.landmarks:
             return {}
         images, landmarks = row["images"], row["landmarks"]
-        return {"landmarks": np.stack([scaled_landmarks(landmarks[i], images[i], self.size) for i in targets])}
+        poses = np.array([row["pose"][i] for i in targets], np.float64).reshape(len(targets), 3)
+        if not np.isfinite(poses).all():
+            raise RecordError("a pose is not a number")
+        return {
+            "landmarks": np.stack([scaled_landmarks(landmarks[i], images[i], self.size) for i in targets]),
+            "poses": poses,
+        }
 
     def _decode(
         self,
@@ -272,10 +281,12 @@ def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def mirrored(sample: dict) -> dict:
-    """A sample with all photos of the person mirrored and left and right exchanged in captions and landmarks."""
+    """A sample with all photos of the person mirrored and left and right exchanged in captions, landmarks and poses."""
     flipped = {name: sample[name][:, :, ::-1] for name in ("inputs", "targets", "masks") if name in sample}
     if "landmarks" in sample:
         flipped["landmarks"] = mirror_landmarks(sample["landmarks"], sample["targets"].shape[2])
+    if "poses" in sample:
+        flipped["poses"] = sample["poses"] * [-1, 1, -1]
     captions = [re.sub(r"\b(left|right)\b", _other_side, caption) for caption in sample["captions"]]
     return sample | flipped | {"captions": captions}
 

@@ -80,7 +80,7 @@ def pack_photos(
     A photo without a usable face, with a face smaller than min_face (longer side, pixels) or of another person than most
     photos of its folder is left out and listed. Complete shards are kept, so an interrupted call is resumed by repeating
     it. Raises RecordError for folders that cannot be used and shards that were made otherwise, FaceError for a backend
-    that cannot describe faces.
+    that is not ready.
     """
     people = find_people(folders)
     finder = analyzer(faces)

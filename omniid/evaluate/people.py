@@ -114,8 +114,7 @@ def neutral_and_smiling(
 ) -> People:
     """Real people with a neutral photo as input and a smiling one as target: `<id>_neutral.jpg`, `<id>_smiling.jpg`.
 
-    Faces are found and aligned by `backend`. With `offline`, which neither segments nor finds landmarks, the mask is the
-    template's face ellipse and there are no landmarks and poses. names: the `<id>` of those to take instead of all.
+    Faces are found, aligned and measured by `backend`. names: the `<id>` of those to take instead of all.
     Raises OmniIDError for a folder without such pairs and for a name that it lacks, FaceError for a photo without a face.
     """
     from omniid.faces import analyzer
@@ -134,16 +133,11 @@ def neutral_and_smiling(
     finder = analyzer(backend)
     crops, masks, landmarks, poses = [], [], [], []
     for done, (neutral, smiling) in enumerate(pairs.values(), start=1):
-        found = finder.analyze(smiling)
-        if found.landmarks is None:
-            target, mask = finder.crop(found, size), template_face_mask(size)
-        else:
-            seen = finder.describe(found, size)
-            target, mask = seen.image, seen.mask
-            landmarks.append(seen.landmarks)
-            poses.append(seen.pose)
-        crops.append(np.stack([finder.crop(finder.analyze(neutral), size), target]))
-        masks.append(mask)
+        seen = finder.describe(finder.analyze(smiling), size)
+        crops.append(np.stack([finder.crop(finder.analyze(neutral), size), seen.image]))
+        masks.append(seen.mask)
+        landmarks.append(seen.landmarks)
+        poses.append(seen.pose)
         progress(done)
     images = torch.from_numpy(np.stack(crops)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     return People(
@@ -151,17 +145,11 @@ def neutral_and_smiling(
         targets=images[:, 1:],
         masks=torch.from_numpy(np.stack(masks)).unsqueeze(1),
         names=list(pairs),
-        landmarks=np.stack(landmarks)[:, None] if landmarks else None,
-        poses=np.array(poses)[:, None] if poses else None,
+        landmarks=np.stack(landmarks)[:, None],
+        poses=np.array(poses)[:, None],
     )
 
 
 def as_pixels(images: Tensor) -> np.ndarray:
     """uint8 (..., H, W, 3) of images (..., 3, H, W) in [-1, 1]."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).contiguous().numpy()
-
-
-def template_face_mask(size: int) -> np.ndarray:
-    """Bool (size, size): the ellipse that a frontal face fills in an aligned crop, from brows to chin."""
-    y, x = (np.mgrid[:size, :size] + 0.5) / size
-    return ((x - 0.5) / 0.29) ** 2 + ((y - 0.57) / 0.36) ** 2 <= 1

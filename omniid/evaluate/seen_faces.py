@@ -8,6 +8,7 @@ from PIL import Image
 
 from omniid.faces import FaceError, analyzer
 from omniid.faces.face import in_order
+from omniid.faces.landmarks import NUM_LANDMARKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class SeenFaces:
     poses: np.ndarray
     """(N, 3) yaw, pitch, roll in degrees; NaN where no face was found."""
     points: np.ndarray
-    """(N, K, 2) pixels: the 66 landmarks, or eye centres and nose base where the backend has no more; NaN likewise."""
+    """(N, 66, 2) pixels, the landmarks; NaN likewise."""
     crops: np.ndarray
     """uint8 (N, S, S, 3) aligned to the template; black where no face was found."""
 
@@ -34,13 +35,11 @@ def see_faces(pictures: Sequence[np.ndarray], backend: str = "offline", size: in
             face = finder.find(Image.fromarray(picture))
         except FaceError:
             return None
-        points = face.points[:3] if face.landmarks is None else face.landmarks
-        return face.pose, points, finder.crop(face, size)
+        return face.pose, face.landmarks, finder.crop(face, size)
 
     seen = list(in_order(look, pictures))
-    num_points = next((len(one[1]) for one in seen if one is not None), 3)
     poses = np.full((len(seen), 3), np.nan)
-    points = np.full((len(seen), num_points, 2), np.nan)
+    points = np.full((len(seen), NUM_LANDMARKS, 2), np.nan)
     crops = np.zeros((len(seen), size, size, 3), np.uint8)
     for index, one in enumerate(seen):
         if one is not None:

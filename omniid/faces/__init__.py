@@ -24,14 +24,15 @@ BACKENDS = ("offline", "files", "uniface")
 def analyzer(backend: str = "offline") -> FaceAnalyzer:
     """The face analyzer of that name, made once a process.
 
-    `offline` needs no download; `files` or `files:FOLDER` reads models from a folder; `uniface` fetches its own.
+    `offline` needs no download, and `offline:FOLDER` measures faces by what stage `faces` exported there; `files` or
+    `files:FOLDER` reads models from a folder; `uniface` fetches its own.
     Raises FaceError for an unknown name or when the backend's packages or files are missing.
     """
     name, _, place = backend.partition(":")
-    if name == "offline" and not place:
+    if name == "offline":
         from .offline import OfflineAnalyzer
 
-        return OfflineAnalyzer()
+        return OfflineAnalyzer(place or None)
     if name == "files":
         from .files import FilesAnalyzer
 
@@ -40,4 +41,6 @@ def analyzer(backend: str = "offline") -> FaceAnalyzer:
         from .uniface import UnifaceAnalyzer
 
         return UnifaceAnalyzer()
-    raise FaceError(f"unknown face backend {backend!r}; use one of: offline, files, files:FOLDER, uniface")
+    raise FaceError(
+        f"unknown face backend {backend!r}; use one of: offline, offline:FOLDER, files, files:FOLDER, uniface"
+    )

@@ -3,6 +3,8 @@
 Coordinates are pixels with y down; pixel centres lie at .5, so the unit square of the template is the whole crop.
 """
 
+import math
+
 import numpy as np
 from PIL import Image
 
@@ -64,6 +66,22 @@ def similarity(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Points (..., 2) moved by a (2, 3) affine matrix."""
     return np.asarray(points) @ matrix[:, :2].T + matrix[:, 2]
+
+
+def inverse(matrix: np.ndarray) -> np.ndarray:
+    """The (2, 3) matrix that undoes another."""
+    back = np.linalg.inv(matrix[:, :2])
+    return np.column_stack([back, -back @ matrix[:, 2]])
+
+
+def after(second: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The (2, 3) matrix that does what `first` does, then what `second` does."""
+    return np.column_stack([second[:, :2] @ first[:, :2], apply(second, first[:, 2])])
+
+
+def turn_of(matrix: np.ndarray) -> float:
+    """Degrees by which a similarity, (2, 3), turns a picture, clockwise as seen."""
+    return math.degrees(math.atan2(matrix[1, 0], matrix[0, 0]))
 
 
 def warp(image: np.ndarray, matrix: np.ndarray, size: int, fast: bool = False) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import OmniIDError
-from .align import similarity_to_ffhq, similarity_to_template, warp
+from .align import apply, similarity_to_ffhq, similarity_to_template, turn_of, warp
 from .photo_bytes import PhotoBytes
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -53,14 +53,14 @@ class Face:
     """The photo, for messages."""
     image: Image.Image = field(repr=False)
     """The whole photo, RGB."""
+    landmarks: np.ndarray = field(repr=False)
+    """(66, 2) float64 in the order of `landmarks.LANDMARK_GROUPS`."""
     num_faces: int = 1
     """Faces seen in the photo; where one large face was found at once, smaller ones were not searched for."""
     index: int = 0
     """Which of them this is, counted from 0 from left to right."""
     note: str | None = None
     """Something the user should know, such as a choice among several faces."""
-    landmarks: np.ndarray | None = None
-    """(66, 2) float64 in the order of `landmarks.LANDMARK_GROUPS`; None where the backend has none."""
     mesh: np.ndarray | None = field(default=None, repr=False)
     """(N, 3) float64, all points that the backend found, in an order of its own; None where it has no more."""
 
@@ -106,6 +106,9 @@ def choose_face(sizes: Sequence[float], face: int | None, name: str) -> tuple[in
 class FaceAnalyzer(abc.ABC):
     """Finds faces and aligns them. Instances may be shared between threads."""
 
+    same_person: float
+    """Mean cosine with a person's other photos from which a photo counts as that person's."""
+
     @abc.abstractmethod
     def find(self, image: Image.Image | str | Path, face: int | None = None) -> Face:
         """The largest face, or number `face` counted from 0 from left to right.
@@ -137,11 +140,25 @@ class FaceAnalyzer(abc.ABC):
         yield from in_order(one, images)
 
     def describe(self, face: Face, size: int, alignment: str = "template") -> FaceCrop:
-        """The crop of a face that this analyzer found, with mask, landmarks and embedding.
+        """The crop of a face that this analyzer found, with mask, landmarks and embedding; alignment: one of ALIGNMENTS."""
+        matrix = ALIGNMENTS[alignment](face, size)
+        yaw, pitch, roll = face.pose
+        return FaceCrop(
+            face=without_photo(face),
+            image=np.array(warp(np.asarray(face.image), matrix, size)),
+            mask=self.mask(face, matrix, size),
+            landmarks=apply(matrix, face.landmarks),
+            pose=(yaw, pitch, roll + turn_of(matrix)),
+            embedding=self.embed(face),
+        )
 
-        alignment: one of ALIGNMENTS. Raises FaceError for a backend that has no models for these.
-        """
-        raise FaceError("this face backend gives no landmarks and masks; use --faces files or --faces uniface")
+    @abc.abstractmethod
+    def mask(self, face: Face, matrix: np.ndarray, size: int) -> np.ndarray:
+        """bool (size, size): the face in the crop that the (2, 3) matrix cuts from its photo."""
+
+    @abc.abstractmethod
+    def embed(self, face: Face) -> np.ndarray:
+        """(D,) float32 of unit length, from the face in its photo."""
 
     def analyze_many(
         self,
@@ -152,11 +169,8 @@ class FaceAnalyzer(abc.ABC):
     ) -> Iterator[FaceCrop | FaceError]:
         """For each photo, in order: `describe` of its face, or the error that says why there is none.
 
-        Photos are worked on side by side, one a CPU, and few of them are in memory at a time. Raises FaceError at once
-        for a backend that cannot describe faces.
+        Photos are worked on side by side, one a CPU, and few of them are in memory at a time.
         """
-        if type(self).describe is FaceAnalyzer.describe:
-            FaceAnalyzer.describe(self, None, size)
 
         def one(image: Image.Image | PhotoBytes | str | Path) -> FaceCrop | FaceError:
             try:

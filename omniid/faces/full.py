@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .align import apply, similarity, warp
-from .face import ALIGNMENTS, Face, FaceAnalyzer, FaceCrop, FaceError, choose_face, without_photo
+from .face import Face, FaceAnalyzer, FaceError, choose_face
 from .landmarks import landmark_group
 from .photo import open_photo
 from .quality import QUALITY_SIZE, sharpness_and_size
@@ -84,10 +84,8 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 class FullAnalyzer(FaceAnalyzer):
     """A face in all its parts. A backend says how to detect, measure, mask and recognise; pixels are uint8 (H, W, 3) RGB."""
 
-    same_person: float
-    """Mean cosine with a person's other photos from which a photo counts as that person's."""
     same_in_video: float
-    """The same where light and camera are the same, too."""
+    """As `same_person`, where light and camera are the same, too."""
 
     @abc.abstractmethod
     def detect(self, pixels: np.ndarray) -> list[DetectedFace]:
@@ -96,10 +94,6 @@ class FullAnalyzer(FaceAnalyzer):
     @abc.abstractmethod
     def measure(self, pixels: np.ndarray, near: DetectedFace | MeasuredFace) -> MeasuredFace | None:
         """Landmarks and pose of a face that was detected here or measured in the frame before; None where it is gone."""
-
-    @abc.abstractmethod
-    def mask(self, face: Face, matrix: np.ndarray, size: int) -> np.ndarray:
-        """bool (size, size): the face in the crop that the (2, 3) matrix cuts from its photo."""
 
     @abc.abstractmethod
     def recognise(self, chips: list[np.ndarray]) -> np.ndarray:
@@ -162,23 +156,9 @@ class FullAnalyzer(FaceAnalyzer):
         if found:
             yield _from_left(found)
 
-    def describe(self, face: Face, size: int, alignment: str = "template") -> FaceCrop:
-        matrix = ALIGNMENTS[alignment](face, size)
-        yaw, pitch, roll = face.pose
-        turned = math.degrees(math.atan2(matrix[1, 0], matrix[0, 0]))
-        return FaceCrop(
-            face=without_photo(face),
-            image=np.array(warp(np.asarray(face.image), matrix, size)),
-            mask=self.mask(face, matrix, size),
-            landmarks=apply(matrix, face.landmarks),
-            pose=(yaw, pitch, roll + turned),
-            embedding=self.embed(face),
-        )
-
     # Recognising -------------------------------------------------------------------------------------------------
 
     def embed(self, face: Face) -> np.ndarray:
-        """(D,) float32 of unit length, from the face in its photo."""
         return self.recognise([self.chip(face)])[0]
 
     def chip(self, face: Face) -> np.ndarray:

@@ -12,23 +12,17 @@ def landmarks_from(path: str | Path, width: int, height: int, backend: str = "of
     """Landmarks (66, 2) in pixels of a picture of `width` x `height`, from JSON or from the face in a photo.
 
     A photo of another shape is centred as far as it fits. backend: of the face analyzer. Raises FaceError for a file that
-    cannot be used, and for a backend that finds no landmarks.
+    cannot be used.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
         return load_landmarks(path, width, height)
-    from omniid.faces import FaceError, analyzer
+    from omniid.faces import analyzer
 
     face = analyzer(backend).find(path)
-    points = getattr(face, "landmarks", None)
-    if points is None:
-        raise FaceError(
-            f"the face backend {backend!r} finds no 66 landmarks in {path}; choose another with --faces, or give the landmarks "
-            "as JSON"
-        )
     size = np.array(face.image.size, np.float64)
     target = np.array([width, height], np.float64)
-    return (check_landmarks(points) - size / 2) * (target / size).min() + target / 2
+    return (check_landmarks(face.landmarks) - size / 2) * (target / size).min() + target / 2
 
 
 def landmarks_of_pose(pose: tuple[float, float, float], width: int, height: int) -> np.ndarray:

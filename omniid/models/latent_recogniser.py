@@ -1,7 +1,7 @@
 """A face recogniser that reads latents: an identity loss (`train.identity_loss`) through it needs no autoencoder's decoder.
 
 A residual network that ends, as ArcFace's, in a fully connected layer over all places of the last map: features of aligned
-faces lie at fixed places. Its norms are over groups of channels, so that it learns the same from any batch.
+faces lie at fixed places.
 """
 
 import itertools
@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from omniid.errors import OmniIDError
+from omniid.models.convolutions import ResidualConvolutions, convolution
 from omniid.models.encoder import load_weights, save_weights
 
 RECOGNISER_FILE = "recogniser.safetensors"
 """Its name in a weights folder."""
 WIDTH, EMBEDDING = 32, 128
 """Channels of the first map; they double with every halving. Numbers of an embedding."""
-GROUPS = 8
 LAST_SIDE = 4
 """The map is halved until its side is this."""
 
@@ -37,9 +37,9 @@ class LatentRecogniser(nn.Module):
             raise ValueError(f"latents must be 4, 8, 16, ... wide to be recognised, got {side}")
         self.channels, self.side = channels, side
         widths = [WIDTH << i for i in range(halvings + 1)]
-        layers: list[nn.Module] = [_convolution(channels, WIDTH), _Residual(WIDTH)]
+        layers: list[nn.Module] = [convolution(channels, WIDTH), ResidualConvolutions(WIDTH)]
         for narrow, wide in itertools.pairwise(widths):
-            layers += [_convolution(narrow, wide, stride=2), _Residual(wide), _Residual(wide)]
+            layers += [convolution(narrow, wide, stride=2), ResidualConvolutions(wide), ResidualConvolutions(wide)]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1] * LAST_SIDE**2, EMBEDDING)
 
@@ -68,21 +68,3 @@ class LatentRecogniser(nn.Module):
             raise OmniIDError(f"{path} is no recogniser that omniid train recogniser made ({error})") from error
         load_weights(recogniser, path)
         return recogniser.eval()
-
-
-class _Residual(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.layers = nn.Sequential(_convolution(width, width), nn.Conv2d(width, width, 3, padding=1, bias=False))
-        self.norm = nn.GroupNorm(GROUPS, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.norm(self.layers(x)))
-
-
-def _convolution(narrow: int, wide: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(narrow, wide, 3, stride=stride, padding=1, bias=False),
-        nn.GroupNorm(GROUPS, wide),
-        nn.ReLU(inplace=True),
-    )

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from omniid.config import Preset
+from omniid.config import ConfigError, Preset
 from omniid.data.few_to_many import Batch
 from omniid.errors import OmniIDError
 from omniid.models.encoder import load_weights
+from omniid.models.flux import decode_latents
+from omniid.models.identity_adapter import IdentityKV
 from omniid.models.landmark_controlnet import (
     build_landmark_controlnet,
     landmark_pictures,
@@ -23,6 +25,8 @@ from omniid.models.landmark_controlnet import (
     save_landmark_controlnet,
 )
 from omniid.train.flow import FlowStage, columns
+from omniid.train.identity_loss import chosen_targets, landmarks_of
+from omniid.train.landmark_loss import LandmarkLoss
 
 
 class ControlStage(FlowStage):
@@ -52,6 +56,11 @@ class ControlStage(FlowStage):
             for part in (last.attn.to_add_out, last.ff_context):
                 part.requires_grad_(False)
         self.model = nn.ModuleDict({"adapter": self.adapter, "controlnet": self.controlnet})
+        self.landmark_loss = LandmarkLoss() if self.config.landmark_loss_weight else None
+        if self.landmark_loss is not None and self.config.cache_latents:
+            raise ConfigError(
+                "the landmark loss reads landmarks, which cached latents stand for; leave cache_latents out of [train.control]"
+            )
         if self.encoder.trained_with_adapter and self.config.train_adapter:
             self.encoder.freeze_representation()
             self.model["encoder"] = self.encoder
@@ -69,6 +78,33 @@ class ControlStage(FlowStage):
             return None
         draws = [torch.rand(count // len(generators), generator=generator) for generator in generators]
         return (torch.cat(draws) >= dropout).float().to(self.adapter.to_k_id[0].weight.device)
+
+    def _face_losses(
+        self,
+        batch: Batch,
+        kv: IdentityKV,
+        drawn: Tensor,
+        latents: Tensor,
+        control: tuple[Tensor, Tensor | None],
+        generators: Sequence[torch.Generator],
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """As of `FlowStage`, with the landmark loss of the targets that are told of their landmarks."""
+        extra, numbers = super()._face_losses(batch, kv, drawn, latents, control, generators)
+        if self.landmark_loss is None:
+            return extra, numbers
+        config, told = self.config, control[1]
+        chosen = chosen_targets(batch, config.landmark_loss_pictures, None if told is None else told > 0)
+        if not len(chosen):  # other processes may have some, and all log the same numbers
+            return extra, numbers | {"landmark_loss": latents.new_zeros(())}
+        here = chosen.to(latents.device)
+        if config.landmark_loss_steps:
+            drawn = self._drawn_from_noise(kv, latents, control, here, config.landmark_loss_steps, generators)
+        else:
+            drawn = drawn[here]
+        self.landmark_loss.to(latents.device)
+        poses = batch.poses.reshape(-1, 3)[chosen.numpy()]
+        error = self.landmark_loss(decode_latents(self.vae, drawn), landmarks_of(batch, chosen), poses).mean()
+        return extra + config.landmark_loss_weight * error, numbers | {"landmark_loss": error}
 
     def drop_encoder(self) -> None:
         """It stays, for the pictures of the log: their landmarks are exchanged, so no cache has them."""

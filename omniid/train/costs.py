@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from omniid.baselines import encoder_class
 from omniid.config import BaseConfig, Preset, StageConfig
 from omniid.faces.full import RECOGNISER_SIZE
+from omniid.models.face_network import SIDE, FaceNetwork
 from omniid.models.flux import (
     TextEmbedding,
     base_without_weights,
@@ -91,6 +92,12 @@ def count_costs(stage: str, preset: Preset, precision: str, memory: str) -> list
         meter = _Meter(1, dtype, memory)
         _measure_recogniser_stage(meter, preset)
         return meter.parts
+    if stage == "faces":
+        meter = _Meter(1, dtype, memory)
+        with torch.device("meta"):
+            network, crops = FaceNetwork(), torch.empty(config.num_targets, 3, SIDE, SIDE)
+        meter.measure("face network", [network], lambda crops: tuple(network(crops)), crops)
+        return meter.parts
     if stage == "base" and config.identity_share == 0:
         meter = _Meter(1, dtype, memory)
         _measure_base_stage(meter, preset)
@@ -151,7 +158,7 @@ def _measure_decoder(meter: "_Meter", preset: Preset, codes: Tensor, fast_rows: 
 
 def _measure_identity_head(meter: "_Meter", config: StageConfig, codes: Tensor) -> None:
     """What stage `mtd` adds for its identity loss: the map that reads codes, and the recogniser on the targets looked at."""
-    loss, share = photo_identity_loss(config), _looked_at(config, 1.0)
+    loss, share = photo_identity_loss(config), _looked_at(config, config.identity_loss_pictures, 1.0)
     recogniser = loss.recogniser.to("meta")
     with torch.device("meta"):
         head = nn.Linear(codes[0].numel(), loss.embedding_dim)
@@ -211,22 +218,24 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
             return run_flux(transformer, latents, time, text, time, **control)[0]
 
     _measure_by_depth(meter, transformer, velocity, *kv, *samples)
+    told = 1 - config.conditioning_dropout  # of their landmarks, in stage `control`
+    _count_draws(
+        meter,
+        (_looked_at(config, config.identity_loss_pictures, 1.0), config.identity_loss_steps),
+        (_looked_at(config, config.landmark_loss_pictures, told), config.landmark_loss_steps),
+    )
     if config.identity_loss_weight:
         _measure_identity_loss(meter, vae, config, latents.requires_grad_(True), told=1.0)
+    if stage == "control" and config.landmark_loss_weight:
+        _measure_landmark_loss(meter, vae, config, latents.requires_grad_(True), told)
 
 
 def _measure_identity_loss(meter: "_Meter", vae: nn.Module, config: StageConfig, drawn: Tensor, told: float) -> None:
     """The identity loss's network on the drawn faces that it looks at, and without gradients on the photographed ones.
 
-    told: share of all targets that the stage may ask for; of these `identity_loss_pictures` in a batch are looked at. Where they
-    are drawn from noise, the base's part grows by it.
+    told: share of all targets that the stage may ask for; of these `identity_loss_pictures` in a batch are looked at.
     """
-    loss, share = load_identity_loss(config.recogniser), _looked_at(config, told)
-    if config.identity_loss_steps:  # half of the steps before the last, on average, which have no gradients
-        passes = 1 + (config.identity_loss_steps - 1) / 2
-        for index, part in enumerate(meter.parts):
-            if part.name in ("base", "controlnet"):
-                meter.parts[index] = _scaled(part, 1 + share * passes, 1 + share)
+    loss, share = load_identity_loss(config.recogniser), _looked_at(config, config.identity_loss_pictures, told)
     first = len(meter.parts)
     recogniser = loss.recogniser.to("meta")
     if isinstance(loss, IdentityLoss):
@@ -243,10 +252,33 @@ def _measure_identity_loss(meter: "_Meter", vae: nn.Module, config: StageConfig,
     meter.parts[first:] = [_scaled(part, share, share) for part in meter.parts[first:]]
 
 
-def _looked_at(config: StageConfig, told: float) -> float:
-    """Share of all targets that the identity loss looks at, of those `told` that it may."""
+def _measure_landmark_loss(meter: "_Meter", vae: nn.Module, config: StageConfig, drawn: Tensor, told: float) -> None:
+    """The face network on the drawn faces that the landmark loss looks at; told: share of targets with landmarks."""
+    share = _looked_at(config, config.landmark_loss_pictures, told)
+    first = len(meter.parts)
+    meter.measure("vae decoder", [vae.decoder], lambda latents: decode_latents(vae, latents), drawn)
+    with torch.device("meta"):
+        network, crops = FaceNetwork(), torch.empty(len(drawn), 3, SIDE, SIDE, requires_grad=True)
+    network.requires_grad_(False)
+    meter.measure("face network", [network], lambda crops: tuple(network(crops)), crops)
+    meter.parts[first:] = [_scaled(part, share, share) for part in meter.parts[first:]]
+
+
+def _count_draws(meter: "_Meter", *losses: tuple[float, int]) -> None:
+    """Adds to base and ControlNet what drawing faces from noise takes, for losses that look at a share of all targets each,
+    somewhere on the way of so many steps, 0 for none."""
+    drawn = [(share, steps) for share, steps in losses if steps]
+    # Half of the steps before the last, on average, which have no gradients.
+    forward = sum(share * (1 + (steps - 1) / 2) for share, steps in drawn)
+    for index, part in enumerate(meter.parts):
+        if part.name in ("base", "controlnet"):
+            meter.parts[index] = _scaled(part, 1 + forward, 1 + sum(share for share, _ in drawn))
+
+
+def _looked_at(config: StageConfig, pictures: int, told: float) -> float:
+    """Share of all targets that a loss of `pictures` looks at, 0 for all, of those `told` that it may."""
     in_batch = config.batch_identities // config.accumulation * config.num_targets
-    return min(told, (config.identity_loss_pictures or in_batch) / in_batch)
+    return min(told, (pictures or in_batch) / in_batch)
 
 
 def _scaled(part: Part, forward: float, backward: float) -> Part:
@@ -310,6 +342,8 @@ def _measure_base_stage(meter: "_Meter", preset: Preset, codes: Tensor | None = 
     _measure_by_depth(meter, transformer, velocity, *text, *kv)
     if preset.train.base.identity_loss_weight:
         config = preset.train.base
+        share = _looked_at(config, config.identity_loss_pictures, config.identity_share)
+        _count_draws(meter, (share, config.identity_loss_steps))
         _measure_identity_loss(meter, vae, config, latents.requires_grad_(True), told=config.identity_share)
 
 

@@ -93,7 +93,7 @@ class FlowStage:
         # Every target of a person gets that person's tokens.
         kv = self.adapter.project(codes).repeat(batch.targets.shape[1])
         error, clean = self._error(kv, latents, control, time, noise)
-        extra, numbers = self._identity_loss(batch, kv, clean, latents, control, generators)
+        extra, numbers = self._face_losses(batch, kv, clean, latents, control, generators)
         if not self.model.training:
             others = self.adapter.project(codes.roll(1, dims=0)).repeat(batch.targets.shape[1])
             numbers |= self._identity_gaps(kv, others, latents, control, time, noise, error)
@@ -127,7 +127,7 @@ class FlowStage:
         """Lets the autoencoder's encoding half go, once batches bring their latents."""
         self.vae.encoder = None
 
-    def _identity_loss(
+    def _face_losses(
         self,
         batch: Batch,
         kv: IdentityKV,
@@ -146,23 +146,34 @@ class FlowStage:
         chosen = chosen_targets(batch, self.config.identity_loss_pictures)
         here = chosen.to(latents.device)
         if self.config.identity_loss_steps:
-            steps = self.config.identity_loss_steps
-            text = self.text.expand(len(latents))
-
-            def velocity(noisy: Tensor, time: Tensor, rows: Tensor) -> Tensor:
-                rows = here[rows]
-                own = None if control is None else tuple(None if part is None else part[rows] for part in control)
-                with attach_identities(self.transformer, [IdentityUse(kv.of(rows))], for_training=True):
-                    return self._velocity(text.of(rows), own)(noisy, time)
-
-            noise, taken = draw_starts(latents, steps, generators)
-            drawn = draw_on_the_way(velocity, noise[here], taken[here], steps)
+            drawn = self._drawn_from_noise(kv, latents, control, here, self.config.identity_loss_steps, generators)
         else:
             drawn = drawn[here]
         distance = identity_distance(
             self.identity_loss, self.vae, batch, chosen, drawn, latents[here], self.config.identity_loss_temperature
         ).mean()
         return self.config.identity_loss_weight * distance, {"identity_loss": distance}
+
+    def _drawn_from_noise(
+        self,
+        kv: IdentityKV,
+        latents: Tensor,
+        control: tuple[Tensor, Tensor | None] | None,
+        here: Tensor,
+        steps: int,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Clean latents (N, C, h, w) of the targets `here` (N,), predicted somewhere on the way of `steps` from noise."""
+        text = self.text.expand(len(latents))
+
+        def velocity(noisy: Tensor, time: Tensor, rows: Tensor) -> Tensor:
+            rows = here[rows]
+            own = None if control is None else tuple(None if part is None else part[rows] for part in control)
+            with attach_identities(self.transformer, [IdentityUse(kv.of(rows))], for_training=True):
+                return self._velocity(text.of(rows), own)(noisy, time)
+
+        noise, taken = draw_starts(latents, steps, generators)
+        return draw_on_the_way(velocity, noise[here], taken[here], steps)
 
     def _velocity(self, text: TextEmbedding, control: tuple[Tensor, Tensor | None] | None) -> Callable:
         """(x_t, t) to V with an embedded prompt and control for every picture."""

@@ -20,6 +20,7 @@ from omniid.faces.full import RECOGNISER_POINTS, RECOGNISER_SIZE
 from omniid.faces.landmarks import check_landmarks
 from omniid.models.flux import decode_latents
 from omniid.models.latent_recogniser import LatentRecogniser
+from omniid.train.aligned_grid import aligned_grid
 
 POINTS = [0, 1, 3, 4]
 """Eye centres and mouth corners, among the 66 landmarks."""
@@ -42,8 +43,9 @@ class IdentityLoss(nn.Module):
 
         landmarks: (N, 66, 2) in pixels of the images.
         """
-        grid = aligned_grid(landmarks, images.shape[-2:]).to(images.device)
-        aligned = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        to_picture = np.stack([similarity(ARCFACE_TEMPLATE, points[POINTS]) for points in check_landmarks(landmarks)])
+        grid = aligned_grid(to_picture, RECOGNISER_SIZE, images.shape[-2:])
+        aligned = F.grid_sample(images.float(), grid.to(images.device), padding_mode="border", align_corners=False)
         return F.normalize(self.recogniser(aligned).float(), dim=-1)
 
 
@@ -91,7 +93,7 @@ def identity_distance(
     if isinstance(loss, LatentIdentityLoss):
         mine, wanted = loss(drawn), _without_gradients(loss, latents)
     else:
-        mine = loss(decode_latents(vae, drawn), _landmarks(batch, chosen))
+        mine = loss(decode_latents(vae, drawn), landmarks_of(batch, chosen))
         wanted = photo_embeddings(loss, batch, chosen)
     return distances(mine, wanted, chosen // batch.targets.shape[1], temperature)
 
@@ -99,7 +101,7 @@ def identity_distance(
 def photo_embeddings(loss: IdentityLoss, batch: Batch, chosen: Tensor) -> Tensor:
     """Embeddings (N, D) of length 1 of the photos that are the `chosen` targets (N,), without gradients."""
     photos = batch.targets.flatten(0, 1)[chosen.to(batch.targets.device)]
-    return _without_gradients(loss, photos, _landmarks(batch, chosen))
+    return _without_gradients(loss, photos, landmarks_of(batch, chosen))
 
 
 def distances(mine: Tensor, wanted: Tensor, person: Tensor, temperature: float = 0.0) -> Tensor:
@@ -117,7 +119,8 @@ def distances(mine: Tensor, wanted: Tensor, person: Tensor, temperature: float =
     return F.cross_entropy(cosines, torch.arange(len(mine), device=mine.device), reduction="none")
 
 
-def _landmarks(batch: Batch, chosen: Tensor) -> np.ndarray:
+def landmarks_of(batch: Batch, chosen: Tensor) -> np.ndarray:
+    """(N, 66, 2) of the `chosen` targets (N,)."""
     return batch.landmarks.reshape(-1, *batch.landmarks.shape[2:])[chosen.numpy()]
 
 
@@ -151,14 +154,3 @@ def load_recogniser(path: str | Path) -> nn.Module:
     if embeddings.dim() != 2:
         raise OmniIDError(f"the recogniser {path} gives {tuple(embeddings.shape)}, expected embeddings (N, D)")
     return recogniser
-
-
-def aligned_grid(landmarks: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Where the aligned crops look: (N, 112, 112, 2) for `grid_sample` on pictures of `size` (height, width)."""
-    places = np.stack(np.meshgrid(*[np.arange(RECOGNISER_SIZE) + 0.5] * 2), axis=-1)  # x, y of pixel centres
-    limits = np.array(size[::-1])
-    grids = []
-    for points in check_landmarks(landmarks):
-        to_photo = similarity(ARCFACE_TEMPLATE, points[POINTS])
-        grids.append((places @ to_photo[:, :2].T + to_photo[:, 2]) / limits * 2 - 1)
-    return torch.from_numpy(np.stack(grids)).float()

@@ -39,7 +39,8 @@ def run_stage(
     push_to: str | None = None,
     public: bool = False,
 ) -> RunResult:
-    """Trains stage `base`, `mtd`, `flow`, `control`, `t2i` or `recogniser` and exports its averaged weights into `weights`.
+    """Trains stage `base`, `mtd`, `flow`, `control`, `t2i`, `recogniser` or `faces` and exports its averaged weights into
+    `weights`.
 
     The folder `weights` (default `run_folder/weights`) is where `flow` finds the encoder that `mtd` exported and the
     base that `base` exported, unless the preset names another base. An interrupted run exports nothing.
@@ -97,7 +98,7 @@ def prepare(
         )
     check_optimizer(config, runs_on_cpu(device))
     check_compile_mode(config, runs_on_cpu(device))
-    if config.base_precision != "auto" and name in ("base", "mtd"):
+    if config.base_precision != "auto" and name in ("base", "mtd", "faces"):
         raise ConfigError(f"base_precision is for stages with a frozen base; leave it out of [train.{name}]")
     # Before the base is loaded, and on the device that this process will get.
     own = "cpu" if runs_on_cpu(device) else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -118,7 +119,7 @@ def _stages(name, settings, weights, run_folder, config, start):
     """Yields (stage, run folder, config); `base` is two stages, the second needs what the first exported."""
     if name != "base":
         more = {"cache": Path(config.cache_folder)} if config.cache_latents else {}
-        stage = _stage_class(name)(settings, *(() if name == "mtd" else (weights,)), **more)
+        stage = _stage_class(name)(settings, *(() if name in ("mtd", "faces") else (weights,)), **more)
         if start is not None:
             stage.load(start)
         yield stage, run_folder, config
@@ -140,6 +141,8 @@ def _stage_class(name):
         from omniid.train.control import ControlStage as stage
     elif name == "recogniser":
         from omniid.train.recogniser import RecogniserStage as stage
+    elif name == "faces":
+        from omniid.train.faces import FacesStage as stage
     else:
         from omniid.train.t2i import T2IStage as stage
     return stage

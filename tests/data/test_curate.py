@@ -29,6 +29,7 @@ from omniid.data.curate.topiq import Topiq, choose_topiq
 from omniid.data.curate.tracks import Sight, Track
 from omniid.data.inspection import inspect_records
 from omniid.data.talking_heads import Shot, write_video
+from omniid.faces import FaceError
 from omniid.faces.files import FILES
 
 DATA = Path(os.environ.get("OMNIID_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -390,6 +391,12 @@ def test_videos_are_named_apart(tmp_path):
     (tmp_path / "c" / "b" / "one.mp4").touch()
     with pytest.raises(VideoError, match=r"two videos are called b-one\.mp4"):
         find_videos([tmp_path])
+
+
+def test_a_backend_that_follows_no_faces_is_refused(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    with pytest.raises(FaceError, match="'offline' does not follow faces through a video; use --faces files"):
+        curate_videos([tmp_path / "a.mp4"], tmp_path / "o", Settings(faces="offline"))
 
 
 def test_wrong_usage_exits_with_2(tmp_path):

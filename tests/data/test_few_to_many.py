@@ -140,8 +140,22 @@ def test_landmarks_come_in_pixels_of_the_size_asked_for(rows):
 
 def test_landmarks_of_mirrored_people_are_mirrored(rows):
     listed, _ = with_landmarks(rows)
+    for number, row in enumerate(listed):
+        row["pose"] = [[10.0 + number, -5.0, 2.0]] * len(row["pose"])
     plain, mirror = (batches(listed, landmarks=True, mirror=share)[1] for share in (0.0, 1.0))
     np.testing.assert_allclose(mirror.landmarks, mirror_landmarks(plain.landmarks, 32))
+    np.testing.assert_array_equal(mirror.poses, plain.poses * [-1, 1, -1])
+    assert plain.poses.shape == (*plain.landmarks.shape[:2], 3) and (plain.poses[..., 0] >= 10).all()
+
+
+@pytest.mark.parametrize("pose", [[0.0, float("nan"), 0.0], [1.0, 2.0]], ids=["no number", "two angles"])
+def test_records_with_other_poses_are_damaged_only_where_landmarks_are_asked_for(rows, pose):
+    listed, _ = with_landmarks(rows)
+    listed[3] = listed[3] | {"pose": [pose] * len(listed[3]["pose"])}
+    wide = {"batch_identities": 2, "max_yaw": 180.0}
+    reported = [text for step in range(5) for text in batches(listed, **wide, landmarks=True)[step].skipped]
+    assert len(reported) == 1 and reported[0].startswith("train-3: ")
+    assert not any(batches(listed, **wide)[step].skipped for step in range(5))
 
 
 def test_records_with_other_landmarks_are_damaged_only_where_landmarks_are_asked_for(rows):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from omniid.evaluate.people import template_face_mask
 from omniid.evaluate.reconstruction import colour_free, reconstruction_scores
 
 
@@ -70,8 +69,3 @@ def test_bad_input(people, generator):
         reconstruction_scores(Painter(), codes[:1], targets[:1], masks[:1], generator)
     with pytest.raises(ValueError, match="mask is empty"):
         reconstruction_scores(Painter(), codes, targets, torch.zeros_like(masks), generator)
-
-
-def test_template_mask_covers_the_middle():
-    mask = template_face_mask(64)
-    assert mask[36, 32] and not mask[2].any() and 0.2 < mask.mean() < 0.5

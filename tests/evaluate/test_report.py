@@ -83,7 +83,9 @@ def test_the_page_of_an_identity(tiny_weights, tmp_path):
     encoder = load_encoder(tiny_weights)
     crops = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
     faces = [
-        Face((0, 0, 1, 1), np.zeros((3, 2)), 0.5, pose, "0" * 64, f"{n}.jpg", Image.new("RGB", (1, 1)))
+        Face(
+            (0, 0, 1, 1), np.zeros((3, 2)), 0.5, pose, "0" * 64, f"{n}.jpg", Image.new("RGB", (1, 1)), np.zeros((66, 2))
+        )
         for n, pose in enumerate([(10.0, -5.0, 0.0), None])
     ]
     identity = encoder.encode_crops(crops, faces)

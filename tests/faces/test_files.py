@@ -231,11 +231,6 @@ def test_a_face_is_followed_without_detection_until_it_is_gone(finder, portrait)
     assert finder.measure(np.full_like(pixels, 127), measured) is None
 
 
-def test_the_offline_backend_says_who_can_describe(photos):
-    with pytest.raises(FaceError, match="use --faces files or --faces uniface"):
-        analyzer("offline").analyze_many(photos, 64)
-
-
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(FaceError, match=r"lacks detector/face_detection_yunet_2023mar.onnx, .* --faces files:FOLDER"):
         analyzer(f"files:{tmp_path}")

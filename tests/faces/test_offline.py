@@ -1,5 +1,6 @@
 """The offline face backend on real photos: every face found and aligned, the recogniser tells people apart."""
 
+import dataclasses
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from omniid.data.synthetic import Person, View, render
+from omniid.evaluate.people import FIRST_UNSEEN_SEED
 from omniid.faces import FaceError, SeveralFacesWarning, analyzer
 from omniid.faces.align import TEMPLATE, apply, similarity_to_template
-from omniid.faces.offline import _pose
+from omniid.faces.mediapipe_mesh import mesh_landmarks
 
 DATA = Path(os.environ.get("OMNIID_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_photos = pytest.mark.skipif(
@@ -220,17 +223,85 @@ def test_a_photo_without_a_face_is_refused(finder, tmp_path, kind):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(FaceError, match="unknown face backend 'magic'; use one of: offline, files"):
+    with pytest.raises(FaceError, match="unknown face backend 'magic'; use one of: offline, offline:FOLDER, files"):
         analyzer("magic")
-    with pytest.raises(FaceError, match="unknown face backend 'offline:here'"):
+    with pytest.raises(FaceError, match=r"here holds no face_network\.safetensors; make one with omniid train faces"):
         analyzer("offline:here")
 
 
-@pytest.mark.parametrize(
-    ("change", "angle", "sign"),
-    [((0.1, 0.0), 0, 1), ((-0.1, 0.0), 0, -1), ((0.0, -0.1), 1, 1), ((0.0, 0.1), 1, -1)],
-    ids=["left", "right", "up", "down"],
-)
-def test_pose_has_the_documented_signs(change, angle, sign):
-    points = TEMPLATE + np.array([[0, 0], [0, 0], np.array(change) * 0.31])
-    assert np.sign(_pose(points)[angle] - _pose(TEMPLATE)[angle]) == sign
+def test_another_network_measures_otherwise(finder, heads, tmp_path):
+    from omniid.models.face_network import FaceNetwork
+
+    FaceNetwork().save(tmp_path / "face_network.safetensors")
+    head = Image.fromarray(heads[0].image)
+    here, there = finder.find(head), analyzer(f"offline:{tmp_path}").find(head)
+    np.testing.assert_array_equal(here.points, there.points)
+    assert np.abs(here.landmarks - there.landmarks).max() > 1
+
+
+@pytest.fixture(scope="module")
+def heads():
+    """Heads of people that no training saw, turned by up to 40 degrees, as a camera would see them."""
+    rng = np.random.default_rng(0)
+    turns = rng.uniform([-40, -15, -12], [40, 15, 12], (20, 3)).tolist()
+    views = [View.sample(FIRST_UNSEEN_SEED + i, jitter=False) for i in range(len(turns))]
+    return [
+        render(
+            Person.sample(FIRST_UNSEEN_SEED + i),
+            dataclasses.replace(view, yaw=yaw, pitch=pitch, roll=roll, distance=15.0),
+            256,
+            aligned=False,
+        )
+        for i, (view, (yaw, pitch, roll)) in enumerate(zip(views, turns, strict=True))
+    ]
+
+
+def test_heads_are_measured(finder, heads):
+    """Angles have the documented signs: they are compared with those of the renderer."""
+    turns, points = [], []
+    for head in heads:
+        face = finder.find(Image.fromarray(head.image))
+        turns.append(np.subtract(face.pose, (head.yaw, head.pitch, head.roll)))
+        eyes = np.linalg.norm(head.landmarks[0] - head.landmarks[1])
+        points.append(np.linalg.norm(face.landmarks - head.landmarks, axis=1).mean() / eyes)
+    assert (np.abs(turns).mean(0) < 3.5).all()
+    assert np.mean(points) < 0.12 and np.max(points) < 0.3
+
+
+def test_a_face_is_described_as_a_record_holds_it(finder, heads):
+    overlaps = []
+    for head in heads[:8]:
+        face = finder.find(Image.fromarray(head.image))
+        crop = finder.describe(face, 64)
+        assert crop.image.shape == (64, 64, 3) and crop.mask.shape == (64, 64) and crop.mask.dtype == bool
+        matrix = similarity_to_template(face.points[:3], 64)
+        np.testing.assert_allclose(crop.landmarks, apply(matrix, face.landmarks))
+        assert np.linalg.norm(crop.embedding) == pytest.approx(1, abs=1e-5) and crop.embedding.shape == (128,)
+        # Alignment takes the roll away that the eyes show.
+        assert abs(crop.pose[2]) < 12 and crop.pose[:2] == face.pose[:2]
+        wanted = Image.fromarray(head.mask.astype(np.uint8) * 255)
+        inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
+        wanted = np.asarray(wanted.transform((64, 64), Image.Transform.AFFINE, inverse.ravel().tolist())) > 127
+        overlaps.append((crop.mask & wanted).sum() / (crop.mask | wanted).sum())
+    assert np.mean(overlaps) > 0.85
+
+
+@needs_photos
+def test_the_mask_follows_the_alignment_and_ends_with_the_photo(finder, london):
+    face, _ = london["003_neutral"]
+    template, ffhq = (finder.describe(face, 96, alignment) for alignment in ("template", "ffhq"))
+    for crop in (template, ffhq):
+        eyes, chin = crop.landmarks[:2].round().astype(int), crop.landmarks[-9].round().astype(int)
+        assert crop.mask[eyes[:, 1], eyes[:, 0]].all() and not crop.mask[:4].any()
+        assert not crop.mask[min(chin[1] + 8, 95), chin[0]] or chin[1] > 87
+    assert template.mask.sum() > 1.3 * ffhq.mask.sum()
+
+
+@needs_photos
+def test_landmarks_of_photos_agree_with_the_annotated_ones(finder, london):
+    annotated = np.load(DATA / "london" / "landmarks478.npz")
+    errors = []
+    for name, (face, _) in london.items():
+        wanted = mesh_landmarks(annotated[name][:468, :2])
+        errors.append(np.linalg.norm(face.landmarks - wanted, axis=1).mean() / eye_distance(face))
+    assert np.median(errors) < 0.12 and np.max(errors) < 0.25

@@ -23,7 +23,7 @@ LOSS_TOLERANCE, SIMILARITY_TOLERANCE = 2.5e-4, 1e-3
 def no_faces(pictures, backend="offline", size=128):
     """The pictures hold none, and to look for them would take most of the time."""
     count = len(pictures)
-    nothing = np.full((count, 3), np.nan), np.full((count, 3, 2), np.nan), np.zeros((count, size, size, 3), np.uint8)
+    nothing = np.full((count, 3), np.nan), np.full((count, 66, 2), np.nan), np.zeros((count, size, size, 3), np.uint8)
     return SeenFaces(backend, np.zeros(count, bool), *nothing)
 
 

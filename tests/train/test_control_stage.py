@@ -119,6 +119,46 @@ def test_everything_that_trains_has_a_say(tiny, weights, batch, double, single):
     assert [name for name, gradient in trained.items() if gradient is None] == []
 
 
+def with_landmark_loss(tiny, **changes):
+    control = dataclasses.replace(tiny.train.control, landmark_loss_weight=0.5, **changes)
+    return dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, control=control))
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_landmark_loss_is_added_and_reaches_the_controlnet(tiny, weights, batch, steps):
+    torch.manual_seed(0)
+    plain, stage = (
+        ControlStage(tiny, weights),
+        ControlStage(with_landmark_loss(tiny, landmark_loss_steps=steps), weights),
+    )
+    stage.model.load_state_dict(plain.model.state_dict())
+    (loss, numbers), (without, _) = (one.loss(batch, identity_generators(0, batch.places)) for one in (stage, plain))
+    assert loss.item() == pytest.approx(without.item() + 0.5 * numbers["landmark_loss"].item(), rel=1e-5)
+    loss.backward(), without.backward()
+    mine, its = (one.controlnet.controlnet_blocks[0].weight.grad for one in (stage, plain))
+    assert not torch.allclose(mine, its, rtol=1e-3)
+    assert all(parameter.grad is None for parameter in stage.landmark_loss.parameters())
+
+
+def test_only_targets_that_are_told_of_landmarks_have_to_keep_to_them(tiny, weights, batch):
+    stage = ControlStage(with_landmark_loss(tiny, conditioning_dropout=1.0), weights)
+    stage.model.train()
+    loss, numbers = stage.loss(batch, identity_generators(0, batch.places))
+    assert numbers["landmark_loss"].item() == 0 and loss.item() > 0
+    stage.model.eval()
+    assert stage.loss(batch, identity_generators(0, batch.places))[1]["landmark_loss"].item() > 0
+
+
+def test_landmark_losses_that_cannot_be_are_refused(tiny, weights):
+    with pytest.raises(ConfigError, match=r"leave cache_latents out of \[train.control\]"):
+        ControlStage(with_landmark_loss(tiny, cache_latents=True), weights)
+    for name in ("landmark_loss_steps", "landmark_loss_pictures"):
+        with pytest.raises(ConfigError, match=f"{name} is about the landmark loss"):
+            dataclasses.replace(tiny.train.control, **{name: 2})
+        with pytest.raises(ConfigError, match=f"{name} must not be negative"):
+            dataclasses.replace(tiny.train.control, landmark_loss_weight=1.0, **{name: -1})
+
+
 def test_the_whole_stage_runs_and_leaves_adapter_and_controlnet(tiny, weights, records, tmp_path):
     folder, preset = tmp_path / "weights", tmp_path / "tiny.toml"
     shutil.copytree(weights, folder)

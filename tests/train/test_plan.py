@@ -260,6 +260,23 @@ def test_t2i_trains_the_adapter_alone_and_pays_for_what_it_is_asked(tiny, recogn
         assert less[part].backward_flops == pytest.approx(share * more[part].backward_flops)
 
 
+def test_the_landmark_loss_is_paid_for(tiny):
+    def parts(**changes):
+        control = dataclasses.replace(tiny.train.control, **changes)
+        asked = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, control=control))
+        return {part.name: part for part in count_costs("control", asked, "fp32", "none")}
+
+    plain, more = parts(), parts(landmark_loss_weight=0.1, landmark_loss_steps=5)
+    assert more.keys() - plain.keys() == {"vae decoder", "face network"}
+    assert not more["face network"].is_trained and more["face network"].backward_flops > 0
+    # The prediction and 0 to 4 steps before it, 2 on average; the prediction alone has gradients.
+    for name in ("base", "controlnet"):
+        assert more[name].forward_flops == pytest.approx(4 * plain[name].forward_flops)
+        assert more[name].backward_flops == pytest.approx(2 * plain[name].backward_flops)
+    half = parts(landmark_loss_weight=0.1, landmark_loss_steps=5, conditioning_dropout=0.5)
+    assert half["face network"].forward_flops == pytest.approx(0.5 * more["face network"].forward_flops)
+
+
 def test_mtd_pays_for_the_map_that_reads_codes_and_for_embedding_photos(tiny, recogniser):
     mtd = dataclasses.replace(tiny.train.mtd, identity_loss_weight=0.1, recogniser=str(recogniser))
     asked = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, mtd=mtd))
@@ -372,7 +389,7 @@ def test_command_prints_a_table_or_json_and_needs_no_data(tiny_file):
     assert values["memory"]["none"]["total"] > values["memory"]["none"]["optimizer"]
 
 
-@pytest.mark.parametrize("stage", ["base", "control", "t2i", "recogniser"])
+@pytest.mark.parametrize("stage", ["base", "control", "t2i", "recogniser", "faces"])
 def test_other_stages_are_planned_from_the_command_line_without_warnings(tiny_file, stage):
     shown = CliRunner().invoke(main, ["train", stage, "--plan", "--preset", str(tiny_file)])
     assert shown.exit_code == 0 and shown.stderr == ""

@@ -11,11 +11,13 @@ from omniid.config import ConfigError, preset_to_toml
 from omniid.data.records import open_records
 from omniid.data.scenes import SceneBatches
 from omniid.errors import OmniIDError
+from omniid.faces.align import similarity
 from omniid.models.identity_adapter import IdentityAdapter
 from omniid.models.landmark_controlnet import save_landmark_controlnet
+from omniid.train.aligned_grid import aligned_grid
 from omniid.train.control import ControlStage
 from omniid.train.draws import identity_generators
-from omniid.train.identity_loss import ARCFACE_TEMPLATE, IdentityLoss, aligned_grid
+from omniid.train.identity_loss import ARCFACE_TEMPLATE, IdentityLoss
 from omniid.train.run import run_stage
 from omniid.train.t2i import T2IStage
 
@@ -108,9 +110,8 @@ def test_faces_are_embedded_by_what_they_look_like(recogniser):
 
 def test_faces_are_aligned_as_arcface_wants_them():
     """A face drawn at the template's own places, half as large and shifted, is looked at exactly there."""
-    landmarks = np.zeros((1, 66, 2))
-    landmarks[0, [0, 1, 3, 4]] = ARCFACE_TEMPLATE / 2 + [10, 20]
-    grid = aligned_grid(landmarks, (100, 80))[0]
+    to_picture = similarity(ARCFACE_TEMPLATE, ARCFACE_TEMPLATE / 2 + [10, 20])
+    grid = aligned_grid(to_picture[None], 112, (100, 80))[0]
     corner = torch.tensor([(0.25 + 10) / 80, (0.25 + 20) / 100]) * 2 - 1  # the middle of pixel 0, 0
     torch.testing.assert_close(grid[0, 0], corner, atol=1e-5, rtol=0)
     assert grid.shape == (112, 112, 2)

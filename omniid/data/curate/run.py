@@ -18,7 +18,8 @@ from threading import Thread
 import pyarrow.parquet as parquet
 
 from omniid.data.record_shards import HELD_OUT_SPLIT, held_out, write_shard
-from omniid.faces import analyzer
+from omniid.faces import FaceError, analyzer
+from omniid.faces.full import FullAnalyzer
 from omniid.files import atomic_path
 
 from .annotations import read_annotations
@@ -85,7 +86,10 @@ def curate_videos(
     (output / "videos").mkdir(parents=True, exist_ok=True)
     tag = "" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}-"
     _check_settings(output / f"{tag}curation.json", settings, {name: str(paths[name]) for name in names})
-    analyzer(settings.faces)  # says what is missing before any work
+    if not isinstance(analyzer(settings.faces), FullAnalyzer):  # the call says what is missing before any work
+        raise FaceError(
+            f"the face backend {settings.faces!r} does not follow faces through a video; use --faces files or --faces uniface"
+        )
     choose_topiq(settings.quality)
     jobs, summaries = [], {}
     for name in names:
