@@ -17,8 +17,9 @@ from omniid.evaluate.people import People, neutral_and_smiling, people_of_record
 from omniid.evaluate.recognisers import default_recognisers, load_recogniser
 from omniid.evaluate.reconstruction import reconstruction_scores
 from omniid.identity import Identity
-from omniid.models.encoder import OmniIDEncoder, load_encoder, load_weights
+from omniid.models.encoder import OmniIDEncoder, load_encoder
 from omniid.models.masked_decoder import MaskedDecoder
+from omniid.models.weights_file import load_weights
 from omniid.weights import weights_folder
 
 NUM_INPUTS, NUM_TARGETS = 3, 2

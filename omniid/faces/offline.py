@@ -220,11 +220,14 @@ class OfflineAnalyzer(FaceAnalyzer):
     # Recognising -------------------------------------------------------------------------------------------------
 
     def embed(self, face: Face) -> np.ndarray:
-        embedding = self.descriptor(self.crop(face, _CHIP_SIZE * 2))
+        matrix = after(_from_crop_to_chip(1), similarity_to_template(face.points, 1))
+        (embedding,) = self._recognise([np.ascontiguousarray(warp(np.asarray(face.image), matrix, _CHIP_SIZE))])
         return embedding / np.linalg.norm(embedding)
 
     def descriptors(self, crops: list[np.ndarray] | np.ndarray) -> np.ndarray:
-        chips = [_chip(np.asarray(crop)) for crop in crops]
+        return self._recognise([_chip(np.asarray(crop)) for crop in crops])
+
+    def _recognise(self, chips: list[np.ndarray]) -> np.ndarray:
         if not chips:
             return np.zeros((0, 128), np.float32)
         with self._lock:
@@ -310,8 +313,11 @@ def _chip(crop: np.ndarray) -> np.ndarray:
     """uint8 (150, 150, 3): dlib's chip cut from an aligned crop, uint8 (H, H, 3)."""
     if crop.dtype != np.uint8 or crop.ndim != 3 or crop.shape[2] != 3 or crop.shape[0] != crop.shape[1]:
         raise ValueError(f"a crop must be uint8 (H, H, 3), got {crop.dtype} {crop.shape}")
+    return np.ascontiguousarray(warp(crop, _from_crop_to_chip(crop.shape[0]), _CHIP_SIZE))
+
+
+def _from_crop_to_chip(size: int) -> np.ndarray:
+    """The (2, 3) matrix from an aligned crop of that size to the place where dlib's mean face lies in its chip."""
     padded = (_DLIB_MEAN + _CHIP_PADDING) / (1 + 2 * _CHIP_PADDING) * _CHIP_SIZE + 0.5
     in_chip = np.stack([padded[2:4].mean(0), padded[0:2].mean(0), padded[4]])
-    # Where dlib's mean face lies in a crop, seen from its chip; the chip is that map undone.
-    to_crop = similarity_to_template(in_chip, crop.shape[0])
-    return np.ascontiguousarray(warp(crop, inverse(to_crop), _CHIP_SIZE))
+    return inverse(similarity_to_template(in_chip, size))

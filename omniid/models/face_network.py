@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from omniid.faces.landmarks import NUM_LANDMARKS
 from omniid.models.convolutions import ResidualConvolutions, convolution
-from omniid.models.encoder import load_weights, save_weights
+from omniid.models.weights_file import load_weights, save_weights
 from omniid.weights import SHIPPED
 
 FACE_NETWORK_FILE = "face_network.safetensors"

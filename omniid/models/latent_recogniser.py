@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from omniid.errors import OmniIDError
 from omniid.models.convolutions import ResidualConvolutions, convolution
-from omniid.models.encoder import load_weights, save_weights
+from omniid.models.weights_file import load_weights, save_weights
 
 RECOGNISER_FILE = "recogniser.safetensors"
 """Its name in a weights folder."""

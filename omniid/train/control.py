@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from omniid.config import ConfigError, Preset
 from omniid.data.few_to_many import Batch
 from omniid.errors import OmniIDError
-from omniid.models.encoder import load_weights
 from omniid.models.flux import decode_latents
 from omniid.models.identity_adapter import IdentityKV
 from omniid.models.landmark_controlnet import (
@@ -24,6 +23,7 @@ from omniid.models.landmark_controlnet import (
     load_landmark_controlnet,
     save_landmark_controlnet,
 )
+from omniid.models.weights_file import load_weights
 from omniid.train.flow import FlowStage, columns
 from omniid.train.identity_loss import chosen_targets, landmarks_of
 from omniid.train.landmark_loss import LandmarkLoss

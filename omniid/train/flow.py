@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from omniid.baselines import encoder_class
 from omniid.config import ConfigError, Preset, StageConfig
 from omniid.data.few_to_many import Batch
-from omniid.models.encoder import IdentityEncoder, load_weights
+from omniid.models.encoder import IdentityEncoder
 from omniid.models.flux import (
     TEXT_PARTS,
     TextEmbedding,
@@ -21,6 +21,7 @@ from omniid.models.flux import (
 )
 from omniid.models.identity_adapter import IdentityAdapter, IdentityKV, IdentityUse, attach_identities
 from omniid.models.landmark_controlnet import landmark_pictures
+from omniid.models.weights_file import load_weights
 from omniid.train.flow_matching import draw_noise, draw_on_the_way, draw_starts, flow_matching_loss
 from omniid.train.identity_loss import IdentityLoss, chosen_targets, identity_distance, load_identity_loss
 from omniid.train.prompt_cache import load_prompt, prompt_path, save_prompt

@@ -12,8 +12,9 @@ from omniid.config import ConfigError, Preset, StageConfig
 from omniid.data.few_to_many import Batch
 from omniid.evaluate.reconstruction import colour_free
 from omniid.losses import masked_l1
-from omniid.models.encoder import OmniIDEncoder, load_weights, save_weights
+from omniid.models.encoder import OmniIDEncoder
 from omniid.models.masked_decoder import MaskedDecoder, patchify, unpatchify
+from omniid.models.weights_file import load_weights, save_weights
 from omniid.train.identity_loss import (
     IdentityLoss,
     chosen_targets,

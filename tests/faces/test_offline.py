@@ -287,6 +287,13 @@ def test_a_face_is_described_as_a_record_holds_it(finder, heads):
 
 
 @needs_photos
+def test_a_described_face_has_the_embedding_of_its_crop(finder, london):
+    face, crop = london["003_neutral"]
+    known = finder.descriptor(crop)
+    assert finder.describe(face, 32).embedding @ (known / np.linalg.norm(known)) > 0.99
+
+
+@needs_photos
 def test_the_mask_follows_the_alignment_and_ends_with_the_photo(finder, london):
     face, _ = london["003_neutral"]
     template, ffhq = (finder.describe(face, 96, alignment) for alignment in ("template", "ffhq"))

@@ -7,7 +7,8 @@ import torch
 
 from omniid.config import load_preset
 from omniid.errors import OmniIDError
-from omniid.models.encoder import OmniIDEncoder, load_weights
+from omniid.models.encoder import OmniIDEncoder
+from omniid.models.weights_file import load_weights
 
 
 @pytest.fixture(scope="module")

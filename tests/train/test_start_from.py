@@ -8,9 +8,10 @@ import torch
 
 from omniid.config import preset_to_toml
 from omniid.errors import OmniIDError
-from omniid.models.encoder import OmniIDEncoder, load_weights
+from omniid.models.encoder import OmniIDEncoder
 from omniid.models.masked_decoder import MaskedDecoder
 from omniid.models.mini_base import build_base
+from omniid.models.weights_file import load_weights
 from omniid.train.base import save_base
 from omniid.train.mtd import MTDStage
 from omniid.train.run import run_stage
