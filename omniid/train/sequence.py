@@ -44,8 +44,9 @@ PARTS = {
 TOLD_PARTS = {
     "base": Part("base", 0.2),
     "mtd": Part("mtd", 0.25),
-    "told": Part("base", 0.4, goes_on=True),  # with the adapter, in place of flow
-    "control": Part("control", 0.15),
+    "told": Part("base", 0.37, goes_on=True),  # with the adapter, in place of flow
+    "control": Part("control", 0.08),
+    "posed": Part("control", 0.1, goes_on=True),
 }
 """Those with a recogniser of photos, which takes the place of one of latents."""
 THROUGH_PHOTOS = {
@@ -56,6 +57,9 @@ THROUGH_PHOTOS = {
     },
 }  # fmt: skip
 """Settings of the parts that learn through it, measured in docs/training_mini.md."""
+POSED = {"landmark_loss_weight": 0.3, "landmark_loss_steps": 5, "batch_identities": 24, "num_targets": 1, "lr": 1e-3}
+"""Settings of the part whose ControlNet learns from where faces are seen; a few hundred such steps move a head, at four times the
+time of others."""
 EACH_THROUGH_PHOTOS = {"identity_loss_temperature": 0.1, "identity_loss_pictures": 32}
 IDENTITY_LOSS_WEIGHT = 0.5
 """Of flow and control, through the recogniser trained before them. The paper has no such loss, but a hundred times the steps."""
@@ -116,11 +120,12 @@ def train_sequence(
 
 
 def _settings(name: str, part: Part, weights: Path, recogniser: str | Path | None) -> list[str]:
-    """Overrides that make the identity loss of a part."""
+    """Overrides that make the losses of a part."""
     if recogniser is not None and name in THROUGH_PHOTOS:
         values = {**EACH_THROUGH_PHOTOS, **THROUGH_PHOTOS[name], "recogniser": str(recogniser)}
     elif recogniser is not None and part.stage == "control":
         values = {"train_adapter": False}  # which has learned to draw people already
+        values |= POSED if name == "posed" else {}
     elif part.stage in ("flow", "control"):
         values = {"recogniser": str(weights / RECOGNISER_FILE), "identity_loss_weight": IDENTITY_LOSS_WEIGHT}
     else:

@@ -49,7 +49,7 @@ def test_with_a_recogniser_codes_and_drawn_people_learn_through_it(
 
     monkeypatch.setattr(sequence, "run_stage", watched)
     short = [f"train.{stage}.steps=2" for stage in ("base", "mtd", "control")]
-    few = [f"train.{stage}.batch_identities=4" for stage in ("base", "mtd")]
+    few = [f"train.{stage}.batch_identities=4" for stage in ("base", "mtd", "control")]
     one_block = "train.control.control_single_blocks=1"
     overrides = [*short, *few, "train.base.autoencoder_steps=1", one_block]
     arguments = {"recogniser": recogniser, "overrides": overrides, "device": "cpu", "progress": False}
@@ -57,6 +57,8 @@ def test_with_a_recogniser_codes_and_drawn_people_learn_through_it(
     assert json.loads((runs / sequence.PROGRESS).read_text())["done"] == list(sequence.TOLD_PARTS)
     for name in ("mtd", "told/transformer"):
         assert "identity_loss" in (runs / name / "metrics.jsonl").read_text()
+    heard = ["landmark_loss" in (runs / name / "metrics.jsonl").read_text() for name in ("control", "posed")]
+    assert heard == [False, True]
     assert not (runs / "told" / "autoencoder").exists()  # it went on from the first part's
     assert adapters[0] == (weights / "adapter.safetensors").read_bytes()  # which the ControlNet was trained for
     files = {path.relative_to(weights).as_posix() for path in weights.rglob("*") if path.is_file()}
