@@ -28,7 +28,7 @@ class People:
     """(P, T, H, W) bool."""
     names: list[str]
     landmarks: np.ndarray | None = None
-    """(P, T, 66, 2) of the targets in pixels, or None where the photos' backend finds none."""
+    """(P, T, 66, 2) of the targets in pixels, or None where they are not known."""
     poses: np.ndarray | None = None
     """(P, T, 3) yaw, pitch, roll of the targets in degrees, likewise."""
 
