@@ -222,7 +222,10 @@ def _measure_flow(meter: "_Meter", preset: Preset, config: StageConfig, codes: T
     _count_draws(
         meter,
         (_looked_at(config, config.identity_loss_pictures, 1.0), config.identity_loss_steps),
-        (_looked_at(config, config.landmark_loss_pictures, told), config.landmark_loss_steps if stage == "control" else 0),
+        (
+            _looked_at(config, config.landmark_loss_pictures, told),
+            config.landmark_loss_steps if stage == "control" else 0,
+        ),
     )
     if config.identity_loss_weight:
         _measure_identity_loss(meter, vae, config, latents.requires_grad_(True), told=1.0)
