@@ -52,9 +52,9 @@ class FacesStage:
 
     def loss(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean errors of landmarks in eye distances and of angles in units of 30 degrees, and the cross-entropy of the mask."""
-        pictures, wanted, masks = self._examples(batch, generators)
+        pictures, landmarks, angles, masks = self._examples(batch, generators)
         seen = self.model(pictures)
-        places, angles = face_errors(seen, wanted.landmarks, wanted.angles)
+        places, angles = face_errors(seen, landmarks, angles)
         mask = F.binary_cross_entropy_with_logits(seen.mask_logits.float(), masks)
         numbers = {"landmark_error": places.mean()} | dict(
             zip(("yaw_error", "pitch_error", "roll_error"), DEGREES * angles.mean(0), strict=True)
@@ -70,8 +70,7 @@ class FacesStage:
     @torch.no_grad()
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Rows: up to eight people. Columns: a picture as the network sees it, the landmarks found on it, and its mask."""
-        pictures, _, _ = self._examples(batch, [generator])
-        pictures = pictures[:8]
+        pictures = self._examples(batch, [generator])[0][:8]
         seen = self.model(pictures)
         drawn = [draw_landmarks(points, SIDE) for points in seen.landmarks.float().cpu().numpy() * SIDE]
         drawn = torch.from_numpy(np.stack(drawn)).movedim(-1, 1).to(pictures) / 127.5 - 1
@@ -81,9 +80,9 @@ class FacesStage:
     def export(self, folder: Path) -> None:
         self.model.save(folder / FACE_NETWORK_FILE)
 
-    def _examples(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, SeenFace, Tensor]:
-        """Pictures (N, 3, 96, 96), what is to be seen in them, and masks (N, 48, 48) of 0 and 1; framed anew and worsened while
-        training."""
+    def _examples(self, batch: Batch, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pictures (N, 3, 96, 96), and what is to be seen in them: landmarks, angles as of `SeenFace`, and masks (N, 48, 48) of 0
+        and 1; framed anew and worsened while training."""
         photos, masks = batch.targets.flatten(0, 1), batch.masks.flatten(0, 1)
         points = torch.from_numpy(batch.landmarks).to(photos).flatten(0, 1) / photos.shape[-1]
         poses = torch.from_numpy(batch.poses).to(photos).flatten(0, 1)
@@ -93,18 +92,16 @@ class FacesStage:
         frames = frames.to(photos.device)
         turn, zoom = frames[:, 0] * TURN, (frames[:, 1] * ZOOM).exp()
         matrix = _framing(turn, zoom, frames[:, 2:] * SHIFT)
-        wanted = SeenFace(
-            (points - 0.5) @ matrix[:, :, :2].mT + matrix[:, None, :, 2] + 0.5,
-            poses + F.pad(turn[:, None], (2, 0)),
-            torch.empty(0),
-        )
-        grid = _grid(matrix, SIDE)
+        points = (points - 0.5) @ matrix[:, :, :2].mT + matrix[:, None, :, 2] + 0.5
+        angles = poses + F.pad(turn[:, None], (2, 0))
+        if photos.shape[-1] >= 2 * SIDE:  # `grid_sample` reads the pixels next to each point alone
+            photos = F.interpolate(photos, (SIDE * 4 // 3,) * 2, mode="bilinear", antialias=True)
         # Black where there is no photo, as in crops.
-        pictures = F.grid_sample(photos + 1, grid, align_corners=False) - 1
+        pictures = F.grid_sample(photos + 1, _grid(matrix, SIDE), align_corners=False) - 1
         masks = F.grid_sample(masks[:, None].to(photos), _grid(matrix, MASK_SIDE), align_corners=False)[:, 0]
         if self.model.training:
             pictures = worsened(pictures, generators)
-        return pictures, wanted, masks
+        return pictures, points, angles, masks
 
 
 def face_errors(seen: SeenFace, landmarks: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +129,7 @@ def worsened(pictures: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Pictures (N, 3, S, S) in [-1, 1] with other colours, less detail, noise and a covered part; each generator draws for the
     same number of them in turn."""
     count, side = len(pictures), pictures.shape[-1]
-    d = draws(generators, count, 18).to(pictures.device)
+    d = draws(generators, count, 17).to(pictures.device)
 
     def column(values: Tensor) -> Tensor:
         return values.reshape(count, -1, 1, 1)

@@ -20,7 +20,7 @@ from omniid.faces.full import RECOGNISER_POINTS, RECOGNISER_SIZE
 from omniid.faces.landmarks import check_landmarks
 from omniid.models.flux import decode_latents
 from omniid.models.latent_recogniser import LatentRecogniser
-from omniid.train.aligned_grid import aligned_grid
+from omniid.train.aligned_crops import aligned_crops
 
 POINTS = [0, 1, 3, 4]
 """Eye centres and mouth corners, among the 66 landmarks."""
@@ -44,8 +44,7 @@ class IdentityLoss(nn.Module):
         landmarks: (N, 66, 2) in pixels of the images.
         """
         to_picture = np.stack([similarity(ARCFACE_TEMPLATE, points[POINTS]) for points in check_landmarks(landmarks)])
-        grid = aligned_grid(to_picture, RECOGNISER_SIZE, images.shape[-2:])
-        aligned = F.grid_sample(images.float(), grid.to(images.device), padding_mode="border", align_corners=False)
+        aligned = aligned_crops(images, to_picture, RECOGNISER_SIZE)
         return F.normalize(self.recogniser(aligned).float(), dim=-1)
 
 

@@ -6,13 +6,12 @@ also the face backend `offline`: let another one judge what was trained with thi
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniid.faces.align import apply, inverse, similarity_to_template, turn_of
 from omniid.faces.landmarks import check_landmarks
 from omniid.models.face_network import SIDE, FaceNetwork
-from omniid.train.aligned_grid import aligned_grid
+from omniid.train.aligned_crops import aligned_crops
 from omniid.train.faces import face_errors
 
 
@@ -30,8 +29,7 @@ class LandmarkLoss(nn.Module):
         looked for where they are to be. landmarks: (N, 66, 2) in pixels of the images; poses: (N, 3) degrees.
         """
         to_crop = [similarity_to_template(points[:3], SIDE) for points in check_landmarks(landmarks)]
-        grid = aligned_grid(np.stack([inverse(one) for one in to_crop]), SIDE, images.shape[-2:])
-        crops = F.grid_sample(images.float(), grid.to(images.device), padding_mode="border", align_corners=False)
+        crops = aligned_crops(images, np.stack([inverse(one) for one in to_crop]), SIDE)
         wanted = np.stack([apply(*both) for both in zip(to_crop, landmarks, strict=True)]) / SIDE
         turns = np.array([[0.0, 0.0, turn_of(one)] for one in to_crop])
         wanted, angles = (torch.from_numpy(x).to(crops) for x in (wanted, poses + turns))

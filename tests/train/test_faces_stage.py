@@ -31,23 +31,23 @@ def test_landmarks_angles_and_masks_go_with_the_picture(tiny, batch, monkeypatch
     batch.masks[..., row - 4 : row + 5, column - 4 : column + 5] = True
     stage = FacesStage(tiny)
     stage.model.train()
-    pictures, wanted, masks = stage._examples(batch, identity_generators(3, batch.places))
+    pictures, landmarks, _, masks = stage._examples(batch, identity_generators(3, batch.places))
     moved = set()
     for index in range(8):
         light = pictures[index, 0] + 1
         ys, xs = torch.meshgrid(torch.arange(SIDE) + 0.5, torch.arange(SIDE) + 0.5, indexing="ij")
         found = torch.stack([(xs * light).sum(), (ys * light).sum()]) / light.sum() / SIDE
-        torch.testing.assert_close(found, wanted.landmarks[index, 0], atol=0.015, rtol=0)
-        cell = (wanted.landmarks[index, 0] * masks.shape[-1]).long()
+        torch.testing.assert_close(found, landmarks[index, 0], atol=0.015, rtol=0)
+        cell = (landmarks[index, 0] * masks.shape[-1]).long()
         assert masks[index, cell[1], cell[0]] > 0.5
         moved.add(tuple(found.mul(50).round().tolist()))
     assert len(moved) > 4
     # Turning the picture clockwise turns the line between two landmarks by the angle that roll gains.
     batch.landmarks[:, :, 1] += [10, 0]
-    _, wanted, _ = stage._examples(batch, identity_generators(3, batch.places))
-    line = wanted.landmarks[:, 1] - wanted.landmarks[:, 0]
+    _, landmarks, angles, _ = stage._examples(batch, identity_generators(3, batch.places))
+    line = landmarks[:, 1] - landmarks[:, 0]
     turn = torch.rad2deg(torch.atan2(line[:, 1], line[:, 0]))
-    gained = wanted.angles - torch.from_numpy(batch.poses).float().flatten(0, 1)
+    gained = angles - torch.from_numpy(batch.poses).float().flatten(0, 1)
     torch.testing.assert_close(gained[:, 2], turn, atol=1e-3, rtol=1e-3)
     assert not gained[:, :2].any() and turn.abs().max() > 5
 
@@ -55,9 +55,11 @@ def test_landmarks_angles_and_masks_go_with_the_picture(tiny, batch, monkeypatch
 def test_validation_sees_photos_as_they_are(tiny, batch):
     stage = FacesStage(tiny)
     stage.model.eval()
-    (one, wanted, _), (two, _, _) = (stage._examples(batch, identity_generators(seed, [1, 2, 3, 4])) for seed in (0, 1))
+    (one, landmarks, *_), (two, *_) = (
+        stage._examples(batch, identity_generators(seed, [1, 2, 3, 4])) for seed in (0, 1)
+    )
     assert torch.equal(one, two)
-    np.testing.assert_allclose(wanted.landmarks.numpy() * 32, batch.landmarks.reshape(-1, 66, 2), rtol=1e-4)
+    np.testing.assert_allclose(landmarks.numpy() * 32, batch.landmarks.reshape(-1, 66, 2), rtol=1e-4)
     small = torch.nn.functional.interpolate(batch.targets.flatten(0, 1), (SIDE, SIDE), mode="bilinear")
     assert (one - small)[..., 4:-4, 4:-4].abs().max() < 1e-4
 

@@ -54,6 +54,16 @@ def test_place_and_turn_in_the_picture_do_not_matter(loss, faces):
     assert there.item() == pytest.approx(loss(images[:1], landmarks[:1], poses[:1]).item(), abs=0.05)
 
 
+def test_large_pictures_are_seen_as_small_ones(loss, faces):
+    images, landmarks, poses = faces
+    large = torch.nn.functional.interpolate(images, (640, 640), mode="bicubic")
+    torch.testing.assert_close(loss(large, landmarks * 5, poses), loss(images, landmarks, poses), atol=0.03, rtol=0)
+    noisy = large + torch.randn(
+        large.shape, generator=torch.Generator().manual_seed(0)
+    )  # which shrinking averages away
+    torch.testing.assert_close(loss(noisy, landmarks * 5, poses), loss(images, landmarks, poses), atol=0.1, rtol=0)
+
+
 def test_gradients_reach_the_picture_alone(loss, faces):
     images, landmarks, poses = faces
     images = images.clone().requires_grad_(True)

@@ -14,7 +14,7 @@ from omniid.errors import OmniIDError
 from omniid.faces.align import similarity
 from omniid.models.identity_adapter import IdentityAdapter
 from omniid.models.landmark_controlnet import save_landmark_controlnet
-from omniid.train.aligned_grid import aligned_grid
+from omniid.train.aligned_crops import aligned_grid
 from omniid.train.control import ControlStage
 from omniid.train.draws import identity_generators
 from omniid.train.identity_loss import ARCFACE_TEMPLATE, IdentityLoss
