@@ -10,7 +10,7 @@ import click
 @click.option("-o", "--output", required=True, type=click.Path(file_okay=False), help="Folder for the records.")
 @click.option(
     "--faces",
-    default="files",
+    default="offline",
     show_default=True,
     help="What finds and measures the faces: offline, files, files:FOLDER or uniface.",
 )
