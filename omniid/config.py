@@ -161,6 +161,8 @@ class BaseConfig:
     """Whether it is taken of what identity, prompt and landmarks change together."""
     noise_scale: float = 1.0
     """Scale of the noise that pictures are drawn from; below 1 less varied, smoother."""
+    landmark_scale: float = 1.0
+    """Strength of landmarks and poses; joint guidance takes it `id_guidance` times."""
     prompt: str = "photo of a person."
     """The fixed prompt y of the flow-matching stage (Sec. 3.3)."""
     sizes: BaseSizes | None = None

@@ -50,7 +50,7 @@ TINY = [
     "encoder.num_queries=6", "encoder.width=32", "encoder.num_heads=2",
     "decoder.image_size=32", "decoder.patch_size=4", "decoder.width=32", "decoder.num_heads=2",
     "base.image_size=32", "base.max_sequence_length=24", "base.num_inference_steps=2",
-    "base.id_guidance=1.0", "base.joint_guidance=false", "base.noise_scale=1.0",
+    "base.id_guidance=1.0", "base.joint_guidance=false", "base.noise_scale=1.0", "base.landmark_scale=1.0",
     "base.sizes.num_double_blocks=1", "base.sizes.num_single_blocks=2", "base.sizes.num_heads=2", "base.sizes.head_dim=16",
     "base.sizes.axes_dims=[4, 6, 6]", "base.sizes.t5_width=16", "base.sizes.t5_layers=1", "base.sizes.t5_heads=2",
     "base.sizes.clip_width=16", "base.sizes.clip_layers=1", "base.sizes.clip_heads=2",

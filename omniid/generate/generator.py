@@ -39,6 +39,7 @@ class GenerateDefaults:
     id_guidance: float = 1.0
     joint_guidance: bool = False
     noise_scale: float = 1.0
+    landmark_scale: float = 1.0
     max_sequence_length: int = 512
 
 
@@ -84,7 +85,7 @@ class Generator:
         negative_prompt: str | None = None,
         negative_scale: float = 2.0,
         landmarks: "np.ndarray | None" = None,
-        landmark_scale: float = 1.0,
+        landmark_scale: float | None = None,
         image: "Image | None" = None,
         mask: "Image | None" = None,
         image_strength: float = 0.6,
@@ -105,9 +106,9 @@ class Generator:
         file). region_softness: width of their soft edges as a share of the shorter side.
         negative_scale: how strongly `negative_prompt` pushes away (true classifier-free guidance, twice the time).
         landmarks: (66, 2) in pixels of the picture, where eyes, nose, lips and jaw are to be (`faces.landmarks`);
-        landmark_scale: how strongly. image: a picture to start from, changed by `image_strength` (0..1, the share of the
-        steps that run), and only where `mask` is white. Picture i has seed `seed + i`. Raises GenerateError for values
-        that cannot be used, AdapterError or IdentityFileError for identities of another encoder.
+        landmark_scale: how strongly, by default as the preset says. image: a picture to start from, changed by `image_strength`
+        (0..1, the share of the steps that run), and only where `mask` is white. Picture i has seed `seed + i`. Raises
+        GenerateError for values that cannot be used, AdapterError or IdentityFileError for identities of another encoder.
         """
         _check_prompt(prompt)
         if num_images < 1:
@@ -207,7 +208,7 @@ class Generator:
         negative_prompt: str | None = None,
         negative_scale: float = 2.0,
         landmarks: "np.ndarray | None" = None,
-        landmark_scale: float = 1.0,
+        landmark_scale: float | None = None,
         image: "Image | None" = None,
         mask: "Image | None" = None,
         image_strength: float = 0.6,
@@ -227,6 +228,7 @@ class Generator:
         # One generator a picture: it does not depend on how many are drawn with it.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise_scale = self._noise_scale(noise_scale, image)
+        landmark_scale = defaults.landmark_scale if landmark_scale is None else landmark_scale
         pipeline, arguments = self.pipelines.choose(
             landmarks, landmark_scale, image, mask, image_strength, steps, width, height
         )

@@ -84,6 +84,7 @@ def defaults_of(preset: BaseConfig) -> GenerateDefaults:
         id_guidance=preset.id_guidance,
         joint_guidance=preset.joint_guidance,
         noise_scale=preset.noise_scale,
+        landmark_scale=preset.landmark_scale,
         max_sequence_length=preset.max_sequence_length,
     )
 

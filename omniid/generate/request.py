@@ -45,7 +45,7 @@ class Request:
     pose: tuple[float, float, float] | None = None
     landmarks: tuple[tuple[float, float], ...] | None = None
     """In pixels of the picture."""
-    landmark_scale: float = 1.0
+    landmark_scale: float | None = None
     image_strength: float = 0.6
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Request:
         """
         defaults = generator.defaults
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("num_inference_steps", "guidance_scale", "id_guidance", "joint_guidance"):
+        for name in ("num_inference_steps", "guidance_scale", "id_guidance", "joint_guidance", "landmark_scale"):
             values[name] = getattr(defaults, name) if values[name] is None else values[name]
         if values["noise_scale"] is None:  # the noise that a picture to start from gets stays as it is
             values["noise_scale"] = 1.0 if has_image else defaults.noise_scale
@@ -205,7 +205,7 @@ _FITS = {
 }  # fmt: skip
 _MAY_BE_NONE = {
     "width", "height", "num_inference_steps", "guidance_scale", "noise_scale", "id_guidance", "joint_guidance",
-    "negative_prompt", "pose", "landmarks",
+    "negative_prompt", "pose", "landmarks", "landmark_scale",
 }  # fmt: skip
 
 
