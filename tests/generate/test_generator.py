@@ -330,13 +330,18 @@ def test_joint_guidance_takes_the_prompts_change_as_often(generator, make_person
     assert (pushed != joint).any()
 
 
-def test_landmarks_steer_the_picture_as_strongly_as_said(controlled, generator, make_person):
+def test_landmarks_steer_the_picture_as_strongly_as_said(controlled, generator, make_person, monkeypatch):
     points = template_landmarks(0, 0, 0, size=32)
     plain = pixels(controlled.generate(make_person(0), "photo"))
     assert (plain == pixels(generator.generate(make_person(0), "photo"))).all()
     assert (plain == pixels(controlled.generate(make_person(0), "photo", landmarks=points, landmark_scale=0.0))).all()
     steered = pixels(controlled.generate(make_person(0), "photo", landmarks=points))
     assert (steered != plain).any()
+    half = pixels(controlled.generate(make_person(0), "photo", landmarks=points, landmark_scale=0.5))
+    with monkeypatch.context() as patch:
+        patch.setattr(controlled, "defaults", dataclasses.replace(controlled.defaults, landmark_scale=0.5))
+        by_preset = pixels(controlled.generate(make_person(0), "photo", landmarks=points))
+    assert (half == by_preset).all() and (half != steered).any()
     # With guidance 0 nothing is heard any more, landmarks neither.
     unheard = {"id_guidance": 0.0, "joint_guidance": True}
     deaf = pixels(controlled.generate(make_person(0), "photo", landmarks=points, **unheard))
