@@ -16,7 +16,7 @@ from omniid.data.synthetic.rest import FRAME, NEUTRAL_PITCH, frame_points, pitch
 from omniid.faces import Face, FaceCrop, FaceError, analyzer
 from omniid.faces.align import TEMPLATE
 from omniid.faces.files import FILES
-from omniid.faces.full import overlap
+from omniid.faces.full import DetectedFace, FullAnalyzer, MeasuredFace, overlap
 from omniid.faces.landmarks import landmark_group
 from omniid.faces.mediapipe_mesh import Mesh, landmark_weights, mesh_landmarks
 
@@ -160,6 +160,38 @@ def test_turned_photos_are_found_with_their_roll(finder, portrait, degrees):
     assert abs(turned.pose[0] - straight.pose[0]) < 4
     crops = [finder.crop(face, 64).astype(float) for face in (straight, turned)]
     assert np.abs(crops[0] - crops[1]).mean() < 12
+
+
+class Blurred(FullAnalyzer):
+    """Sees a face upright and upside down, as sure as it is told."""
+
+    def __init__(self, upright, upside_down):
+        self.presence = {False: upright, True: upside_down}
+
+    def detect(self, pixels):
+        return [
+            DetectedFace(
+                np.array([0.0, 0, 90, 90]), np.array([[20.0, 20], [70, 20], [45, 45], [30, 70], [60, 70]]), 0.9
+            )
+        ]
+
+    def measure(self, pixels, near):
+        is_turned = near.points[0, 0] > near.points[1, 0]
+        points = np.resize(near.points, (66, 2))
+        return MeasuredFace(points, points, (0.0, 0.0, 180.0 * is_turned), near.box, self.presence[is_turned])
+
+    def mask(self, face, matrix, size):
+        raise NotImplementedError
+
+    def recognise(self, chips):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("upright", "upside_down", "roll"), [(0.4, 0.6, 0), (0.2, 0.6, 180), (0.55, 0.9, 0), (0.4, 0.4, 0)]
+)
+def test_a_face_is_upside_down_only_where_that_is_much_surer(upright, upside_down, roll):
+    assert Blurred(upright, upside_down).find(Image.new("RGB", (90, 90))).pose[2] == roll
 
 
 def test_a_small_face_in_a_40_megapixel_photo_is_found(finder, portrait):
