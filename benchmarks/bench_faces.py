@@ -41,7 +41,7 @@ arguments = parser.parse_args()
 if hasattr(os, "sched_setaffinity"):  # the figure is per two cores, whatever the machine has
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
 try:
-    finders = {name.partition(":")[0]: analyzer(name) for name in arguments.faces or (f"files:{DATA}", "offline")}
+    finders = [(name.partition(":")[0], analyzer(name)) for name in arguments.faces or (f"files:{DATA}", "offline")]
     photos = photos_in([arguments.photos])
 except FaceError as error:
     end_without_inputs(error)
@@ -136,7 +136,7 @@ heads = {"synthetic": list(synthetic_heads())}
 if (DATA / "face_model").is_dir():
     heads["re-rendered"] = list(rerendered_heads(DATA))
 rows = []
-for name, finder in finders.items():
+for name, finder in finders:
     all_photos(finder)
     found = [all_photos(finder) for _ in range(ROUNDS)]
     row = {"backend": name, "photos": len(photos), "longer side": side}

@@ -27,10 +27,10 @@ class People:
     masks: Tensor
     """(P, T, H, W) bool."""
     names: list[str]
-    landmarks: np.ndarray | None = None
-    """(P, T, 66, 2) of the targets in pixels, or None where they are not known."""
-    poses: np.ndarray | None = None
-    """(P, T, 3) yaw, pitch, roll of the targets in degrees, likewise."""
+    landmarks: np.ndarray
+    """(P, T, 66, 2) of the targets in pixels."""
+    poses: np.ndarray
+    """(P, T, 3) yaw, pitch, roll of the targets in degrees."""
 
 
 def unseen_people(

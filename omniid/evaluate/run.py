@@ -151,7 +151,7 @@ def generation(
     say: Progress = lambda text: None,
 ) -> None:
     """Adds figures and pictures of generated people: for each number of inputs, with target poses too where the weights
-    hold a landmark ControlNet and the people have landmarks."""
+    hold a landmark ControlNet."""
     from omniid.generate import load_generator
 
     generator = load_generator(folder)
@@ -162,7 +162,7 @@ def generation(
         found.figures += photo_figures(one, context)
     # The embedded base draws aligned crops, as those it learned from; others draw whole scenes.
     is_aligned = preset.base.path == "embedded"
-    has_control = (folder / "controlnet").is_dir() and people.landmarks is not None
+    has_control = (folder / "controlnet").is_dir()
     for num_inputs in settings.num_inputs:
         text = f"generating {context.people} people from {num_inputs} photo{'s' * (num_inputs > 1)}"
         identities = identities_of(encoder, encode_people(encoder, people, num_inputs), num_inputs)

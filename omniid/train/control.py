@@ -16,7 +16,6 @@ from omniid.config import ConfigError, Preset
 from omniid.data.few_to_many import Batch
 from omniid.errors import OmniIDError
 from omniid.models.flux import decode_latents
-from omniid.models.identity_adapter import IdentityKV
 from omniid.models.landmark_controlnet import (
     build_landmark_controlnet,
     landmark_pictures,
@@ -24,7 +23,8 @@ from omniid.models.landmark_controlnet import (
     save_landmark_controlnet,
 )
 from omniid.models.weights_file import load_weights
-from omniid.train.flow import FlowStage, columns
+from omniid.train.draws import uniform
+from omniid.train.flow import DrawnStep, FlowStage, columns
 from omniid.train.identity_loss import chosen_targets, landmarks_of
 from omniid.train.landmark_loss import LandmarkLoss
 
@@ -76,34 +76,20 @@ class ControlStage(FlowStage):
         dropout = self.config.conditioning_dropout
         if dropout == 0 or not self.model.training:
             return None
-        draws = [torch.rand(count // len(generators), generator=generator) for generator in generators]
-        return (torch.cat(draws) >= dropout).float().to(self.adapter.to_k_id[0].weight.device)
+        return (uniform(generators, count) >= dropout).float().to(self.adapter.to_k_id[0].weight.device)
 
-    def _face_losses(
-        self,
-        batch: Batch,
-        kv: IdentityKV,
-        drawn: Tensor,
-        latents: Tensor,
-        control: tuple[Tensor, Tensor | None],
-        generators: Sequence[torch.Generator],
-    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+    def _face_losses(self, batch: Batch, drawn: DrawnStep) -> tuple[Tensor | float, dict[str, Tensor]]:
         """As of `FlowStage`, with the landmark loss of the targets that are told of their landmarks."""
-        extra, numbers = super()._face_losses(batch, kv, drawn, latents, control, generators)
+        extra, numbers = super()._face_losses(batch, drawn)
         if self.landmark_loss is None:
             return extra, numbers
-        config, told = self.config, control[1]
+        config, told = self.config, drawn.control[1]
         chosen = chosen_targets(batch, config.landmark_loss_pictures, None if told is None else told > 0)
         if not len(chosen):  # other processes may have some, and all log the same numbers
-            return extra, numbers | {"landmark_loss": latents.new_zeros(())}
-        here = chosen.to(latents.device)
-        if config.landmark_loss_steps:
-            drawn = self._drawn_from_noise(kv, latents, control, here, config.landmark_loss_steps, generators)
-        else:
-            drawn = drawn[here]
-        self.landmark_loss.to(latents.device)
+            return extra, numbers | {"landmark_loss": drawn.latents.new_zeros(())}
+        faces = decode_latents(self.vae, self._faces(drawn, chosen, config.landmark_loss_steps))
         poses = batch.poses.reshape(-1, 3)[chosen.numpy()]
-        error = self.landmark_loss(decode_latents(self.vae, drawn), landmarks_of(batch, chosen), poses).mean()
+        error = self.landmark_loss.to(faces.device)(faces, landmarks_of(batch, chosen), poses).mean()
         return extra + config.landmark_loss_weight * error, numbers | {"landmark_loss": error}
 
     def drop_encoder(self) -> None:

@@ -17,6 +17,7 @@ from omniid.data.few_to_many import Batch
 from omniid.faces.align import TEMPLATE
 from omniid.faces.landmarks import draw_landmarks
 from omniid.models.face_network import DEGREES, FACE_NETWORK_FILE, MASK_SIDE, SIDE, FaceNetwork, SeenFace
+from omniid.train.draws import normal, uniform
 
 TURN, ZOOM, SHIFT = 20.0, 0.2, 0.08
 """Largest turn in degrees, logarithm of the scale, and shift in sides of the crop: further than a detector's eyes and nose
@@ -88,7 +89,7 @@ class FacesStage:
         poses = torch.from_numpy(batch.poses).to(photos).flatten(0, 1)
         frames = torch.zeros(len(photos), 4)
         if self.model.training:
-            frames = draws(generators, len(photos), 4) * 2 - 1
+            frames = uniform(generators, len(photos), 4) * 2 - 1
         frames = frames.to(photos.device)
         turn, zoom = frames[:, 0] * TURN, (frames[:, 1] * ZOOM).exp()
         matrix = _framing(turn, zoom, frames[:, 2:] * SHIFT)
@@ -129,7 +130,7 @@ def worsened(pictures: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Pictures (N, 3, S, S) in [-1, 1] with other colours, less detail, noise and a covered part; each generator draws for the
     same number of them in turn."""
     count, side = len(pictures), pictures.shape[-1]
-    d = draws(generators, count, 17).to(pictures.device)
+    d = uniform(generators, count, 17).to(pictures.device)
 
     def column(values: Tensor) -> Tensor:
         return values.reshape(count, -1, 1, 1)
@@ -151,12 +152,5 @@ def worsened(pictures: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     inside = [(at >= corner[:, i, None]) & (at < (corner + extent)[:, i, None]) for i in range(2)]
     covered = is_covered[:, None, None] & inside[0][:, :, None] & inside[1][:, None, :]
     pictures = torch.where(covered[:, None], column(d[:, 13:16] * 2 - 1), pictures)
-    noise = torch.cat(
-        [torch.randn(count // len(generators), *pictures.shape[1:], generator=one) for one in generators]
-    ).to(pictures)
+    noise = normal(generators, *pictures.shape).to(pictures)
     return (pictures + column(LARGEST_NOISE * d[:, 16] ** 2) * noise).clamp(-1, 1)
-
-
-def draws(generators: Sequence[torch.Generator], count: int, each: int) -> Tensor:
-    """(count, each) of [0, 1); each generator draws for the same number of rows in turn."""
-    return torch.cat([torch.rand(count // len(generators), each, generator=one) for one in generators])

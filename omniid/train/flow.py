@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,19 @@ Not stated in the paper."""
 GAP_TIMES = (0.5, 0.9)
 """Times at which validation also tells what another person's code costs: how much noise leaves open who is drawn, and so how
 far `timestep_shift` is worth moving, depends on base and pictures."""
+
+
+class DrawnStep(NamedTuple):
+    """What the losses that look at faces need of a step, for all B * T targets."""
+
+    kv: IdentityKV
+    clean: Tensor
+    """Latents (B * T, C, h, w) that were predicted from the noisy ones."""
+    latents: Tensor
+    """Those of the targets."""
+    control: tuple[Tensor, Tensor | None] | None
+    """What the ControlNet reads, and how much of it counts."""
+    generators: Sequence[torch.Generator]
 
 
 class FlowStage:
@@ -94,7 +108,7 @@ class FlowStage:
         # Every target of a person gets that person's tokens.
         kv = self.adapter.project(codes).repeat(batch.targets.shape[1])
         error, clean = self._error(kv, latents, control, time, noise)
-        extra, numbers = self._face_losses(batch, kv, clean, latents, control, generators)
+        extra, numbers = self._face_losses(batch, DrawnStep(kv, clean, latents, control, generators))
         if not self.model.training:
             others = self.adapter.project(codes.roll(1, dims=0)).repeat(batch.targets.shape[1])
             numbers |= self._identity_gaps(kv, others, latents, control, time, noise, error)
@@ -128,52 +142,36 @@ class FlowStage:
         """Lets the autoencoder's encoding half go, once batches bring their latents."""
         self.vae.encoder = None
 
-    def _face_losses(
-        self,
-        batch: Batch,
-        kv: IdentityKV,
-        drawn: Tensor,
-        latents: Tensor,
-        control: tuple[Tensor, Tensor | None] | None,
-        generators: Sequence[torch.Generator],
-    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+    def _face_losses(self, batch: Batch, drawn: DrawnStep) -> tuple[Tensor | float, dict[str, Tensor]]:
         """The weighted identity loss where one is asked for, and it for the log.
 
-        kv: of all targets. drawn: clean latents (B * T, C, h, w) that were predicted. latents: those of the targets. All times
-        count alike: it is settled who is drawn while there is much noise.
+        All times count alike: it is settled who is drawn while there is much noise.
         """
         if self.identity_loss is None:
             return 0.0, {}
-        chosen = chosen_targets(batch, self.config.identity_loss_pictures)
-        here = chosen.to(latents.device)
-        if self.config.identity_loss_steps:
-            drawn = self._drawn_from_noise(kv, latents, control, here, self.config.identity_loss_steps, generators)
-        else:
-            drawn = drawn[here]
+        config, chosen = self.config, chosen_targets(batch, self.config.identity_loss_pictures)
+        photographed = drawn.latents[chosen.to(drawn.latents.device)]
+        faces = self._faces(drawn, chosen, config.identity_loss_steps)
         distance = identity_distance(
-            self.identity_loss, self.vae, batch, chosen, drawn, latents[here], self.config.identity_loss_temperature
+            self.identity_loss, self.vae, batch, chosen, faces, photographed, config.identity_loss_temperature
         ).mean()
-        return self.config.identity_loss_weight * distance, {"identity_loss": distance}
+        return config.identity_loss_weight * distance, {"identity_loss": distance}
 
-    def _drawn_from_noise(
-        self,
-        kv: IdentityKV,
-        latents: Tensor,
-        control: tuple[Tensor, Tensor | None] | None,
-        here: Tensor,
-        steps: int,
-        generators: Sequence[torch.Generator],
-    ) -> Tensor:
-        """Clean latents (N, C, h, w) of the targets `here` (N,), predicted somewhere on the way of `steps` from noise."""
-        text = self.text.expand(len(latents))
+    def _faces(self, drawn: DrawnStep, chosen: Tensor, steps: int) -> Tensor:
+        """Clean latents (N, C, h, w) of the `chosen` targets (N,): predicted from their noisy photos, or somewhere on the way of
+        `steps` steps from noise alone."""
+        here = chosen.to(drawn.latents.device)
+        if not steps:
+            return drawn.clean[here]
+        text = self.text.expand(len(drawn.latents))
 
         def velocity(noisy: Tensor, time: Tensor, rows: Tensor) -> Tensor:
             rows = here[rows]
-            own = None if control is None else tuple(None if part is None else part[rows] for part in control)
-            with attach_identities(self.transformer, [IdentityUse(kv.of(rows))], for_training=True):
+            own = drawn.control and tuple(None if part is None else part[rows] for part in drawn.control)
+            with attach_identities(self.transformer, [IdentityUse(drawn.kv.of(rows))], for_training=True):
                 return self._velocity(text.of(rows), own)(noisy, time)
 
-        noise, taken = draw_starts(latents, steps, generators)
+        noise, taken = draw_starts(drawn.latents, steps, drawn.generators)
         return draw_on_the_way(velocity, noise[here], taken[here], steps)
 
     def _velocity(self, text: TextEmbedding, control: tuple[Tensor, Tensor | None] | None) -> Callable:

@@ -16,6 +16,7 @@ from omniid.config import Preset
 from omniid.data.few_to_many import Batch
 from omniid.models.flux import encode_images, load_base, normalise_latents
 from omniid.models.latent_recogniser import RECOGNISER_FILE, LatentRecogniser
+from omniid.train.draws import normal, uniform
 
 TEMPERATURE = 0.1
 """Of the contrastive loss, as in its paper."""
@@ -109,9 +110,8 @@ def nearest_others(embeddings: Tensor) -> Tensor:
 def worsened(latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Latents (N, C, h, w) with noise of random strength, a share of them without fine detail; each generator draws for the
     same number of them in turn."""
-    count = len(latents) // len(generators)
-    draws = torch.cat([torch.rand(count, 2, generator=generator) for generator in generators]).to(latents.device)
-    noise = torch.cat([torch.randn(count, *latents.shape[1:], generator=generator) for generator in generators])
+    draws = uniform(generators, len(latents), 2).to(latents.device)
+    noise = normal(generators, *latents.shape)
     blurred = F.interpolate(F.avg_pool2d(latents, 2), scale_factor=2, mode="bilinear")
     is_blurred, strength = (draws[:, 0] < BLURRED).view(-1, 1, 1, 1), (LATENT_NOISE * draws[:, 1]).view(-1, 1, 1, 1)
     return torch.where(is_blurred, blurred, latents) + strength * noise.to(latents.device)

@@ -397,6 +397,7 @@ def test_a_backend_that_follows_no_faces_is_refused(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"")
     with pytest.raises(FaceError, match="'offline' does not follow faces through a video; use --faces files"):
         curate_videos([tmp_path / "a.mp4"], tmp_path / "o", Settings(faces="offline"))
+    assert not (tmp_path / "o").exists()  # so that the next call may use another
 
 
 def test_wrong_usage_exits_with_2(tmp_path):

@@ -28,7 +28,14 @@ class ColourRecogniser:
 def people(generator):
     colours = torch.rand(6, 1, 3, 1, 1, generator=generator) * 2 - 1
     photos = (colours + 0.02 * torch.randn(6, 4, 3, 8, 8, generator=generator)).clamp(-1, 1)
-    return People(photos[:, :2], photos[:, 2:], torch.ones(6, 2, 8, 8, dtype=torch.bool), [str(n) for n in range(6)])
+    return People(
+        photos[:, :2],
+        photos[:, 2:],
+        torch.ones(6, 2, 8, 8, dtype=torch.bool),
+        [str(n) for n in range(6)],
+        np.zeros((6, 2, 66, 2)),
+        np.zeros((6, 2, 3)),
+    )
 
 
 def values(figures):

@@ -30,7 +30,14 @@ def evaluation(generator):
             figures.append(figure(metric, np.linspace(0, 0.2 * num_inputs, 5), context, "dlib"))
         figures.append(figure("diversity", np.ones(5), context))
     images = torch.rand(5, 3, 3, 16, 16, generator=generator) * 2 - 1
-    people = People(images, images[:, :2], torch.ones(5, 2, 16, 16, dtype=torch.bool), [f"<{n}>" for n in range(5)])
+    people = People(
+        images,
+        images[:, :2],
+        torch.ones(5, 2, 16, 16, dtype=torch.bool),
+        [f"<{n}>" for n in range(5)],
+        np.zeros((5, 2, 66, 2)),
+        np.zeros((5, 2, 3)),
+    )
     drawn = Drawn(np.zeros((5, 2, 16, 16, 3), np.uint8), num_inputs=3, prompt="<b>bold</b>", seed=0)
     scores = {"weights": "mini", "fingerprint": "f" * 64, "seed": 0, "num_people": 5}
     return Evaluation(scores, figures, [(people, drawn)])

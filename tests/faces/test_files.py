@@ -180,11 +180,7 @@ class Blurred(FullAnalyzer):
         points = np.resize(near.points, (66, 2))
         return MeasuredFace(points, points, (0.0, 0.0, 180.0 * is_turned), near.box, self.presence[is_turned])
 
-    def mask(self, face, matrix, size):
-        raise NotImplementedError
-
-    def recognise(self, chips):
-        raise NotImplementedError
+    mask = recognise = None  # which finding a face does not need
 
 
 @pytest.mark.parametrize(

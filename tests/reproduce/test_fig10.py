@@ -27,7 +27,14 @@ def spots(places, grid=16):
 def test_shares_on_the_face():
     mask = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
     mask[..., :16] = True
-    people = People(torch.empty(1, 0, 3, 32, 32), torch.empty(1, 1, 3, 32, 32), mask, ["a"])
+    people = People(
+        torch.empty(1, 0, 3, 32, 32),
+        torch.empty(1, 1, 3, 32, 32),
+        mask,
+        ["a"],
+        np.zeros((1, 1, 66, 2)),
+        np.zeros((1, 1, 3)),
+    )
     left = np.zeros((1, 2, 1, 4, 4))
     left[:, :, :, 1, 0] = 0.5
     on_face, area = face_shares(left, people)

@@ -74,7 +74,7 @@ def curate_videos(
     shard: i, n: every n-th video from the i-th on, for calls on n machines. `progress` gets each video's summary once it
     is done, also those of an earlier call. With annotations the clips that they name take the videos' place, and a clip is
     held out with its video. Raises VideoError for paths that cannot be used, for an output of other
-    settings, and when a worker dies.
+    settings, and when a worker dies, FaceError for a backend that cannot be used.
     """
     check_packages()
     found = find_videos(videos)
@@ -82,14 +82,14 @@ def curate_videos(
     paths = {name: found.get(clip.video) for name, clip in clips.items()} or found
     names = list(paths)[shard[0] :: shard[1]]
     kept_back = held_out(found, settings.held_out)
-    output = Path(output)
-    (output / "videos").mkdir(parents=True, exist_ok=True)
-    tag = "" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}-"
-    _check_settings(output / f"{tag}curation.json", settings, {name: str(paths[name]) for name in names})
-    if not isinstance(analyzer(settings.faces), FullAnalyzer):  # the call says what is missing before any work
+    if not isinstance(analyzer(settings.faces), FullAnalyzer):  # the call says what is missing
         raise FaceError(
             f"the face backend {settings.faces!r} does not follow faces through a video; use --faces files or --faces uniface"
         )
+    output = Path(output)  # nothing is written before all is there
+    (output / "videos").mkdir(parents=True, exist_ok=True)
+    tag = "" if shard[1] == 1 else f"{shard[0]}-of-{shard[1]}-"
+    _check_settings(output / f"{tag}curation.json", settings, {name: str(paths[name]) for name in names})
     choose_topiq(settings.quality)
     jobs, summaries = [], {}
     for name in names:
