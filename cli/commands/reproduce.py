@@ -85,7 +85,7 @@ def reproduce(name, as_json, out, quiet, only_plan, **options) -> None:
     """A table or figure of the paper at a preset's scale, e.g. omniid reproduce table1 --data people.
 
     Trainings are kept in RUNS by what they depend on: a run that was stopped goes on with the same command, and tables share
-    what they have in common. Ends in OUT/NAME_PRESET.md.
+    what they have in common. Several processes with the same command share the work. Ends in OUT/NAME_PRESET.md.
     """
     if name == "fig10":
         _attention(out, only_plan, as_json, **options)

@@ -38,6 +38,8 @@ PRACTICAL = (
     *("max_bad_records", "cache_latents", "cache_photos", "cache_folder"),
 )
 """Stage settings that change results at most by rounding."""
+RECOGNISER_KINDS = ("arcface", "arcface_clip")
+"""Values of `encoder.kind` that read `encoder.recogniser`."""
 FOOTER_BYTES = 1 << 16
 
 
@@ -156,9 +158,11 @@ class Lab:
         return self.done(training, seed)
 
     def _shared_cache(self, stage: str, settings: Preset) -> list[str]:
-        """One folder of latents for all trainings, where they are kept at all."""
+        """One folder of latents and photos for all trainings, where they are kept and no other is named."""
         config = getattr(settings.train, stage)
-        return [f"train.{stage}.cache_folder={self.root / 'latents'}"] if config.cache_latents else []
+        if config.cache_folder or not (config.cache_latents or config.cache_photos):
+            return []
+        return [f"train.{stage}.cache_folder={self.root / 'cache'}"]
 
     def _prepare(self, folder: Path, settings: Preset, training: Training, before: Trained | None, seed: int) -> Path:
         """Puts the base and the encoder to start from into the weights folder; returns the preset's file."""
@@ -186,6 +190,8 @@ def _relevant(stage: str, settings: Preset) -> dict:
     tables = dataclasses.asdict(settings)
     train = {name: value for name, value in tables["train"][stage].items() if name not in PRACTICAL}
     chosen = {name: tables[name] for name in ("tower", "encoder")} | {"train": train}
+    if settings.encoder.kind not in RECOGNISER_KINDS:
+        del chosen["encoder"]["recogniser"]
     if stage == "mtd":
         return chosen | {"decoder": tables["decoder"]}
     base = {name: tables["base"][name] for name in ("path", "image_size", "max_sequence_length", "prompt")}

@@ -1,7 +1,7 @@
 """A table of the paper from a preset's name and folders: what `omniid reproduce` calls."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from omniid.config import Preset, load_preset
@@ -12,8 +12,9 @@ from omniid.reproduce.held_out import held_out_people
 from omniid.reproduce.lab import STAGES, Lab, resolve_overrides
 from omniid.reproduce.report import markdown, picture
 from omniid.reproduce.result import Result, RowResult
-from omniid.reproduce.row import Table
-from omniid.reproduce.scores import Judging, score
+from omniid.reproduce.row import Table, Training
+from omniid.reproduce.scores import Judge, Judging
+from omniid.reproduce.sharing import Job, share
 from omniid.weights import weights_folder
 
 TABLES = ("table1", "table2", "table3", "fig9")
@@ -85,10 +86,10 @@ def reproduce(
     num_targets: int = 2,
     recognisers: Sequence[str] = (),
     backend: str | None = None,
-    budget: float = 1.0,
     command: str = "",
 ) -> Result:
-    """Trains what is not trained yet, measures what is not measured yet, and returns all numbers.
+    """Trains what is not trained yet, measures what is not measured yet, and returns all numbers. Several processes that are
+    called alike share the work.
 
     num_targets: photos of each held-out person that pictures are compared with, one picture for each. recognisers: names as
     of `evaluate.recognisers`; all at hand if none are named. backend: of the faces in pictures; `files` where its files are,
@@ -102,18 +103,23 @@ def reproduce(
     people = held_out_people(
         lab.data["main"], num_people, max(table.num_inputs), num_targets, settings.tower.image_size
     )
-    data, trainings, rows = lab.fingerprint(lab.data["main"]), {}, []
+    data = lab.fingerprint(lab.data["main"])
+    judge = Judge(
+        people=people,
+        judging=judging,
+        num_inputs=table.num_inputs,
+        is_controlled=table.is_controlled,
+        data=data,
+        say=lab.say,
+    )
     # Seed by seed: with the first one done there is something to read.
-    scores = {row.label: [] for row in table.rows}
-    for seed in range(num_seeds):
-        for row in table.rows:
-            for training in row.training.chain():
-                trainings[training, seed] = lab.train(training, seed)
-            found = trainings[row.training, seed]
-            scores[row.label].append(
-                score(found.weights, people, judging, table.num_inputs, table.is_controlled, seed, data, lab.say)
-            )
-    rows = [RowResult(row, scores[row.label]) for row in table.rows]
+    seeds = range(num_seeds)
+    share([job for seed in seeds for job in _jobs(table, lab, judge, seed)], lab.say)
+    trainings = {(one, seed): lab.done(one, seed) for seed in seeds for one in table.trainings()}
+    rows = [
+        RowResult(row, [judge.scores(trainings[row.training, seed].weights, seed) for seed in seeds])
+        for row in table.rows
+    ]
     about = {
         "command": command or f"omniid reproduce {table.name} --preset {lab.preset}",
         "preset": settings.name,
@@ -127,6 +133,30 @@ def reproduce(
         "share_of_steps": _share_of_steps(lab, settings),
     }
     return Result(table, rows, trainings, about)
+
+
+def _jobs(table: Table, lab: Lab, judge: Judge, seed: int) -> Iterator[Job]:
+    """Row by row, its trainings and then its pictures."""
+    trainings: dict[Training, Job] = {}
+    for row in table.rows:
+        for one in row.training.chain():
+            if one not in trainings:
+                trainings[one] = Job(
+                    folder=lab.folder(one, seed),
+                    is_done=lambda one=one: lab.done(one, seed) is not None,
+                    run=lambda one=one: lab.train(one, seed),
+                    after=[trainings[one.after]] if one.after else [],
+                )
+                yield trainings[one]
+        trained, folder = trainings[row.training], lab.folder(row.training, seed)
+        yield Job(
+            folder=folder,
+            is_done=lambda trained=trained, folder=folder: (
+                trained.is_done() and judge.is_done(folder / "weights", seed)
+            ),
+            run=lambda folder=folder: judge.measure(folder / "weights", seed),
+            after=[trained],
+        )
 
 
 def write(result: Result, out: str | Path) -> Path:
@@ -164,5 +194,6 @@ def _device_name(device: str) -> str:
     import torch
 
     if device == "cpu" or not torch.cuda.is_available():
-        return f"a CPU ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        return f"a CPU, {threads} thread{'s' * (threads != 1)} a training"
     return torch.cuda.get_device_name()

@@ -47,54 +47,69 @@ class Scores:
     """For each of the first people, one strip: target, then a picture for each number of inputs."""
 
 
-def score(
-    weights: Path,
-    people: People,
-    judging: Judging,
-    num_inputs: tuple[int, ...],
-    is_controlled: bool,
-    seed: int,
-    data: str,
-    say: Callable[[str], None],
-) -> Scores:
-    """The scores of a weights folder, read where they were measured before.
+@dataclass(slots=True, kw_only=True)
+class Judge:
+    """Draws people with trained weights, in the pose of each target or from the prompt alone, and measures what it drew."""
 
-    data: fingerprint of the records that the people are from. Pictures are drawn in the pose of each target, or from the
-    prompt alone, once for each target.
-    """
-    settings = [weights_fingerprint(weights), data, judging.num_people, judging.num_targets, judging.recognisers]
-    settings += [judging.backend, num_inputs, is_controlled, seed]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    folder = weights.parent / f"scores-{key}"
-    if not (folder / "scores.json").is_file():
-        _measure(folder, settings[0], weights, people, judging, num_inputs, is_controlled, seed, say)
-    kept = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    values = {(m, by, n): np.array(each) for m, by, n, each in kept["figures"]}
-    return Scores(kept["weights"], values, sorted(folder.glob("person-*.png")))
+    people: People
+    judging: Judging
+    num_inputs: tuple[int, ...]
+    is_controlled: bool
+    data: str
+    """Fingerprint of the records that the people are from."""
+    say: Callable[[str], None]
+    _fingerprints: dict[Path, str] = field(default_factory=dict)
 
+    def is_done(self, weights: Path, seed: int) -> bool:
+        """Whether these weights, which change no more, were measured before."""
+        return (self._folder(weights, seed) / "scores.json").is_file()
 
-def _measure(folder, fingerprint, weights, people, judging, num_inputs, is_controlled, seed, say) -> None:
-    from omniid.generate import load_generator
+    def scores(self, weights: Path, seed: int) -> Scores:
+        """What was measured."""
+        folder = self._folder(weights, seed)
+        kept = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        values = {(m, by, n): np.array(each) for m, by, n, each in kept["figures"]}
+        return Scores(kept["weights"], values, sorted(folder.glob("person-*.png")))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    encoder, generator = load_encoder(weights), load_generator(weights)
-    preset = load_preset(weights / "preset.toml")
-    known = [KnownPeople.of(load_recogniser(name), people) for name in judging.recognisers]
-    context = Context(weights=fingerprint, seed=seed, num_samples=judging.num_targets)
-    figures = [one for each in known for one in photo_figures(each, context)]
-    sets = []
-    for count in num_inputs:
-        say(f"drawing {len(people.names)} people from {count} photo{'s' * (count > 1)}")
-        identities = identities_of(encoder, encode_people(encoder, people, count), count)
-        drawn = _draw(generator, identities, people, preset.base.prompt, judging.num_targets, is_controlled, seed)
-        figures += measure(drawn, people, known, context, preset.base.path == "embedded", judging.backend)
-        sets.append(drawn.pictures)
-    _save_pictures(folder, people, sets)
-    rows = [
-        [one.metric, one.measured_by, one.context.num_inputs or OF_PHOTOS, one.per_person.tolist()] for one in figures
-    ]
-    with atomic_path(folder / "scores.json") as path:
-        path.write_text(json.dumps({"weights": fingerprint, "figures": rows}) + "\n", encoding="utf-8")
+    def measure(self, weights: Path, seed: int) -> None:
+        """Leaves the scores beside the weights."""
+        from omniid.generate import load_generator
+
+        folder = self._folder(weights, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        encoder, generator = load_encoder(weights), load_generator(weights)
+        preset = load_preset(weights / "preset.toml")
+        people, num_targets, fingerprint = self.people, self.judging.num_targets, self._fingerprint(weights)
+        known = [KnownPeople.of(load_recogniser(name), people) for name in self.judging.recognisers]
+        context = Context(weights=fingerprint, seed=seed, num_samples=num_targets)
+        figures = [one for each in known for one in photo_figures(each, context)]
+        sets = []
+        for count in self.num_inputs:
+            self.say(f"{weights.parent.name}: {len(people.names)} people from {count} photo{'s' * (count > 1)}")
+            identities = identities_of(encoder, encode_people(encoder, people, count), count)
+            drawn = _draw(generator, identities, people, preset.base.prompt, num_targets, self.is_controlled, seed)
+            is_small = preset.base.path == "embedded"
+            figures += measure(drawn, people, known, context, is_small, self.judging.backend)
+            sets.append(drawn.pictures)
+        _save_pictures(folder, people, sets)
+        rows = [
+            [one.metric, one.measured_by, one.context.num_inputs or OF_PHOTOS, one.per_person.tolist()]
+            for one in figures
+        ]
+        with atomic_path(folder / "scores.json") as path:
+            path.write_text(json.dumps({"weights": fingerprint, "figures": rows}) + "\n", encoding="utf-8")
+
+    def _folder(self, weights: Path, seed: int) -> Path:
+        judging = self.judging
+        settings = [self._fingerprint(weights), self.data, judging.num_people, judging.num_targets, judging.recognisers]
+        settings += [judging.backend, self.num_inputs, self.is_controlled, seed]
+        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        return weights.parent / f"scores-{key}"
+
+    def _fingerprint(self, weights: Path) -> str:
+        if weights not in self._fingerprints:
+            self._fingerprints[weights] = weights_fingerprint(weights)
+        return self._fingerprints[weights]
 
 
 def _draw(generator, identities, people, prompt, num_targets, is_controlled, seed) -> Drawn:

@@ -54,6 +54,12 @@ def test_a_batch_is_its_pictures(network, chips):
     assert network(as_tensor(chips)[:0]).shape == (0, WIDTH)
 
 
+def test_a_training_in_bf16_gets_the_same(network, chips):
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(as_tensor(chips))
+    torch.testing.assert_close(found, network(as_tensor(chips)), rtol=0, atol=0)
+
+
 def test_nothing_of_it_learns(network):
     assert not any(parameter.requires_grad for parameter in network.parameters())
 

@@ -17,7 +17,11 @@ MTD = Training(stage="mtd")
 
 
 @pytest.mark.parametrize(
-    "change", ["train.mtd.num_workers=2", "train.mtd.save_every=7", "train.control.lr=1", "base.num_inference_steps=3"]
+    "change",
+    [
+        *("train.mtd.num_workers=2", "train.mtd.save_every=7", "train.control.lr=1", "base.num_inference_steps=3"),
+        "encoder.recogniser=files",
+    ],
 )
 def test_a_key_ignores_what_does_not_change_the_weights(tables, change):
     assert tables("table1", overrides=[change])[1].key(MTD, 0) == tables("table1")[1].key(MTD, 0)
@@ -35,6 +39,13 @@ def test_a_key_depends_on_settings_seed_data_and_the_training_before(tables, tmp
     lab.data["main"] = tmp_path / "more"
     keys.add(lab.key(MTD, 0))
     assert len(keys) == 6
+
+
+def test_only_representations_made_of_a_recogniser_depend_on_it(tables):
+    offline, files = tables("table1")[1], tables("table1", overrides=["encoder.recogniser=files"])[1]
+    for kind, is_same in {"arcface": False, "arcface_clip": False, "clip": True, "mean": True, "omniid": True}.items():
+        training = controlled(None, kind)
+        assert (offline.key(training, 0) == files.key(training, 0)) == is_same
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(tables, monkeypatch):
