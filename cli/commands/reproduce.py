@@ -21,6 +21,9 @@ NAMES = ("table1", "table2", "table3", "fig9", "fig10")
     help="Weights folder or preset whose base draws (fig10: whose encoder is shown); default: shipped with the preset.",
 )
 @click.option(
+    "--encoder", help="Also a row for the Omni-ID encoder of this weights folder or preset, e.g. mini (table1, table3)."
+)
+@click.option(
     "--runs",
     default="runs/reproduce",
     show_default=True,

@@ -43,7 +43,7 @@ class DlibNetwork(nn.Module):
 
     def forward(self, chips: Tensor) -> Tensor:
         """(N, 128), not of unit length, for chips (N, 3, 150, 150) float32 with values from 0 to 255."""
-        with torch.autocast(chips.device.type, enabled=False):  # other people are hardly further away than bf16's error
+        with torch.autocast(chips.device.type, enabled=False):  # bf16's error is a good part of what sets people apart
             x = ((chips - self.means) / _COLOUR_RANGE).contiguous(memory_format=torch.channels_last)
             x = F.max_pool2d(F.relu(self.stem(x)), 3, 2)
             for block in self.blocks:

@@ -19,7 +19,7 @@ import omniid
 from omniid.baselines import encoder_class
 from omniid.config import Preset, load_preset, preset_to_toml
 from omniid.errors import OmniIDError
-from omniid.files import atomic_path
+from omniid.files import atomic_path, sha256_of_file
 from omniid.reproduce.row import Training
 
 STAGES = ("mtd", "flow", "control")
@@ -70,6 +70,8 @@ class Lab:
     """Folders of records by `Training.data`."""
     base: Path | None
     """Folder of the embedded base; None where the preset names another."""
+    encoder: Path | None = None
+    """File of the encoder for trainings with `is_encoder_given`."""
     device: str = "auto"
     progress: bool = True
     say: Callable[[str], None] = lambda text: None
@@ -90,6 +92,8 @@ class Lab:
             "base": self.fingerprint(self.base) if self.base and training.stage != "mtd" else None,
             "after": self.key(training.after, seed) if training.after else None,
         }
+        if training.is_encoder_given:
+            content["encoder"] = sha256_of_file(self.encoder)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def fingerprint(self, folder: Path) -> str:
@@ -176,9 +180,10 @@ class Lab:
             (weights / "base").symlink_to(self.base.resolve(), target_is_directory=True)
         encoder = weights / "encoder.safetensors"
         if not encoder.exists():
-            if before is not None:
+            if training.is_encoder_given or before is not None:
+                source = self.encoder if training.is_encoder_given else before.weights / encoder.name
                 with atomic_path(encoder) as path:
-                    shutil.copyfile(before.weights / encoder.name, path)
+                    shutil.copyfile(source, path)
             else:
                 torch.manual_seed(seed)
                 encoder_class(settings.encoder.kind).from_preset(settings).save(encoder)

@@ -115,6 +115,7 @@ def _cpu_rate() -> float:
 def _what(training: Training) -> str:
     changes = " ".join(training.overrides) or "as the preset says"
     after = f", after {training.after.stage}" if training.after else ""
+    after += ", with the given encoder" if training.is_encoder_given else ""
     return f"{training.stage}: {changes}{after}" + (", other data" if training.data == "other" else "")
 
 

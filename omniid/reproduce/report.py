@@ -103,6 +103,7 @@ def _cost(result: Result) -> str:
         total += seconds
         what = " ".join(training.overrides) or "as the preset says"
         after = f" after {training.after.stage}" if training.after else ""
+        after += " with the given encoder" if training.is_encoder_given else ""
         lines.append(f"| {what}{after} | {training.stage} | {each[0].steps} | {len(each)} | {seconds / 3600:.3g} |")
     return "\n".join([*lines, "", f"Training took {total / 3600:.3g} hours on {result.about['device']}."])
 

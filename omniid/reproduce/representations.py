@@ -13,9 +13,10 @@ def omniid_representation(preset: Preset) -> Training:
     return Training(stage="flow", after=mtd) if preset.train.flow.encoder_lr_scale > 0 else mtd
 
 
-def controlled(representation: Training | None, kind: str = "omniid") -> Training:
+def controlled(representation: Training | None, kind: str = "omniid", is_encoder_given: bool = False) -> Training:
     """The downstream task: ControlNet and a new adapter learn on a frozen representation (Sec. 4.2)."""
-    return Training(stage="control", overrides=(f"encoder.kind={kind}",), after=representation)
+    overrides = (f"encoder.kind={kind}",)
+    return Training(stage="control", overrides=overrides, after=representation, is_encoder_given=is_encoder_given)
 
 
 def joint_flow(preset: Preset, after: Training | None, *overrides: str, data: str = "main") -> Training:

@@ -15,6 +15,8 @@ class Training:
     """Whose encoder it takes; None for one of random or CLIP weights. Adapters always start anew."""
     data: str = "main"
     """Which records: main or other."""
+    is_encoder_given: bool = False
+    """Takes an encoder that was trained elsewhere (`Lab.encoder`)."""
 
     def chain(self) -> "list[Training]":
         """This training and those before it, the first first."""

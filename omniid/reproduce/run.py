@@ -11,8 +11,9 @@ from omniid.files import atomic_path
 from omniid.reproduce.held_out import held_out_people
 from omniid.reproduce.lab import STAGES, Lab, resolve_overrides
 from omniid.reproduce.report import markdown, picture
+from omniid.reproduce.representations import controlled
 from omniid.reproduce.result import Result, RowResult
-from omniid.reproduce.row import Table, Training
+from omniid.reproduce.row import Row, Table, Training
 from omniid.reproduce.scores import Judge, Judging
 from omniid.reproduce.sharing import Job, share
 from omniid.weights import weights_folder
@@ -44,6 +45,7 @@ def prepare(
     *,
     other_data: str | Path | None = None,
     weights: str | Path | None = None,
+    encoder: str | Path | None = None,
     runs: str | Path = "runs/reproduce",
     overrides: Sequence[str] = (),
     budget: float = 1.0,
@@ -54,7 +56,8 @@ def prepare(
     """The table with the lab that its trainings run in. Without `data` it can only be planned.
 
     weights: folder or preset whose `base` the trainings use, where the preset's is "embedded"; by default what is shipped
-    with the preset. Raises OmniIDError where there is none.
+    with the preset. encoder: weights whose encoder gets a row of its own, in tables of controlled generation. Raises
+    OmniIDError where there is none of them.
     """
     resolved = resolve_overrides(preset, overrides, budget)
     settings = load_preset(preset, resolved)
@@ -74,7 +77,23 @@ def prepare(
         progress=progress,
         say=say,
     )
-    return table_of(name, settings, other_data is not None), lab
+    table = table_of(name, settings, other_data is not None)
+    if encoder is not None:
+        lab.encoder = weights_folder(encoder) / "encoder.safetensors"
+        if not lab.encoder.is_file():
+            raise OmniIDError(f"{lab.encoder} does not exist; train an encoder with: omniid train mtd")
+        table.rows.append(_row_of_encoder(table, Path(encoder).name))
+    return table, lab
+
+
+def _row_of_encoder(table: Table, name: str) -> Row:
+    if not table.is_controlled:
+        raise OmniIDError(f"an encoder can be given for table1 and table3, not for {table.name}")
+    return Row(
+        label=f"Omni-ID, encoder of {name}",
+        training=controlled(None, is_encoder_given=True),
+        note="not in the paper; trained before, by steps and losses of its own",
+    )
 
 
 def reproduce(

@@ -94,6 +94,21 @@ def test_frozen_stages_are_left_out_and_tables_share_what_they_have_in_common(ti
     assert [row.label for row in fig9(tiny, False).rows] == ["1 steps", "2 steps", "4 steps", "8 steps"]
 
 
+def test_a_given_encoder_gets_a_row_of_its_own(tables, tiny_weights, drawing_weights):
+    table, lab = tables("table1", encoder=tiny_weights)
+    own, given = table.rows[-2].training, table.rows[-1].training
+    assert table.rows[-1].label == f"Omni-ID, encoder of {tiny_weights.name}" and not table.rows[-1].paper
+    assert lab.key(own, 0) == tables("table1")[1].key(own, 0) != lab.key(given, 0)
+    trained = lab.train(given, 0)
+    assert not lab.folder(MTD, 0).exists()
+    found, wanted = (load_file(one / "encoder.safetensors") for one in (trained.weights, tiny_weights))
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    with pytest.raises(OmniIDError, match="for table1 and table3, not for fig9"):
+        tables("fig9", encoder=tiny_weights)
+    with pytest.raises(OmniIDError, match="does not exist; train an encoder"):
+        tables("table1", encoder=drawing_weights)
+
+
 def test_a_preset_without_a_base_is_refused_with_the_remedy(tiny_preset, tiny_weights, records, tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "preset.toml").write_text(tiny_preset.read_text())
