@@ -9,6 +9,7 @@ from omniid.reproduce.estimate import estimate
 from omniid.reproduce.orderings import certainty, paper_orderings, rising, summary
 from omniid.reproduce.result import Result, RowResult, paper_value
 
+TITLES = {"id similarity": "ID similarity", "pose error": "Pose error"}
 HIGHER_IS_BETTER = {"id similarity": True, "pose error": False}
 NUM_INPUTS_SHOWN = 3
 """Photos that the pictures in a report are drawn from, where the table has that many."""
@@ -54,7 +55,7 @@ def _numbers(result: Result, metric: str, by: str) -> str:
     better = "higher" if HIGHER_IS_BETTER[metric] else "lower"
     heads = [f"{n} photo{'s' * (n > 1)}" for n in counts]
     lines = [
-        f"## {metric[0].upper()}{metric[1:]}{unit}, by {by}; {better} is better",
+        f"## {TITLES[metric]}{unit}, by {by}; {better} is better",
         "",
         "| | paper, " + " / ".join(map(str, counts)) + " photos | " + " | ".join(heads) + " |",
         "|---" * (len(counts) + 2) + "|",

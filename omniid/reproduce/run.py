@@ -213,6 +213,5 @@ def _device_name(device: str) -> str:
     import torch
 
     if device == "cpu" or not torch.cuda.is_available():
-        threads = torch.get_num_threads()
-        return f"a CPU, {threads} thread{'s' * (threads != 1)} a training"
+        return "a CPU"
     return torch.cuda.get_device_name()

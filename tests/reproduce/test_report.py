@@ -40,7 +40,7 @@ def result_of(tmp_path):
 
 
 def test_a_report_sets_the_papers_numbers_beside_ours_and_draws_its_verdicts(result_of, tmp_path):
-    # ArcFace, CLIP, both, mean, Omni-ID: as in the paper, except that CLIP is below ArcFace
+    # ArcFace, tower, both, mean, Omni-ID: as in the paper, except that the tower is below ArcFace
     report = write(result_of(table1(load_preset("mini"), False), [0.5, 0.4, 0.6, 0.7, 0.8]), tmp_path / "out")
     text = report.read_text()
     assert report.name == "table1_mini.md" and (tmp_path / "out" / "table1_mini.png").is_file()
@@ -49,7 +49,8 @@ def test_a_report_sets_the_papers_numbers_beside_ours_and_draws_its_verdicts(res
     line = next(line for line in text.splitlines() if "id similarity by dlib, 3 photos" in line)
     assert "of 6 orderings of the paper 4 hold, 2 are reversed" in line
     assert (
-        "Reversed: CLIP > ArcFace (dlib's ResNet) (-0.100" in line and "CLIP > ArcFace (dlib's ResNet) + CLIP" in line
+        "Reversed: random tower > ArcFace (dlib's ResNet) (-0.100" in line
+        and "random tower > ArcFace (dlib's ResNet) + random tower" in line
     )
     assert "Omni-ID, more photos: of 2 orderings of the paper 2 hold" in text
     assert "of the photos themselves it says, dlib: same person 0.900" in text
