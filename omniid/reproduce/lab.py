@@ -93,24 +93,17 @@ class Lab:
             "after": self.key(training.after, seed) if training.after else None,
         }
         if training.is_encoder_given:
-            content["encoder"] = sha256_of_file(self.encoder)
+            content["encoder"] = self.fingerprint(self.encoder)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def fingerprint(self, folder: Path) -> str:
-        """sha256 of names, sizes and ends of a folder's Parquet shards or other files.
+    def fingerprint(self, path: Path) -> str:
+        """sha256 of a file; of a folder, that of names, sizes and ends of its Parquet shards or other files.
 
         The end of a Parquet file lists the place and statistics of all columns; sets of terabytes are not read.
         """
-        if folder not in self._fingerprints:
-            digest = hashlib.sha256()
-            for path in sorted(folder.glob("*.parquet")) or sorted(p for p in folder.rglob("*") if p.is_file()):
-                size = path.stat().st_size
-                with open(path, "rb") as handle:
-                    handle.seek(max(0, size - FOOTER_BYTES))
-                    end = hashlib.sha256(handle.read()).hexdigest()
-                digest.update(f"{path.relative_to(folder).as_posix()} {size} {end}\n".encode())
-            self._fingerprints[folder] = digest.hexdigest()
-        return self._fingerprints[folder]
+        if path not in self._fingerprints:
+            self._fingerprints[path] = sha256_of_file(path) if path.is_file() else _sha256_of_folder(path)
+        return self._fingerprints[path]
 
     def folder(self, training: Training, seed: int) -> Path:
         return self.root / f"{training.stage}-{self.key(training, seed)[:16]}"
@@ -188,6 +181,17 @@ class Lab:
                 torch.manual_seed(seed)
                 encoder_class(settings.encoder.kind).from_preset(settings).save(encoder)
         return preset
+
+
+def _sha256_of_folder(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.parquet")) or sorted(p for p in folder.rglob("*") if p.is_file()):
+        size = path.stat().st_size
+        with open(path, "rb") as handle:
+            handle.seek(max(0, size - FOOTER_BYTES))
+            end = hashlib.sha256(handle.read()).hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {size} {end}\n".encode())
+    return digest.hexdigest()
 
 
 def _relevant(stage: str, settings: Preset) -> dict:

@@ -15,7 +15,7 @@ class Job:
     """A thing to do once."""
 
     folder: Path
-    """Where it is done, one for each job; made if it does not exist."""
+    """Where it is done; made if it does not exist. Of jobs that share one, one runs at a time."""
     is_done: Callable[[], bool]
     run: Callable[[], object]
     after: Sequence["Job"] = ()
