@@ -3,18 +3,23 @@
 Weights are random and the same for every form: time does not depend on what was learned. `without cache` projects the
 identity's keys and values anew in every step and adds to a copy of the output; `diffusers' own` is the IP-Adapter processor of
 the installed diffusers (double blocks only, keys and values projected in every step). `compiled` is torch.compile of the
-repeated blocks, whose compilation is not among the times; `fp8` rounds the linear layers of all blocks once (`freeze_in_fp8`).
+repeated blocks, as `omniid generate --compile default` does it, `compiled whole` of the forward pass, `in CUDA graphs` of it in
+mode reduce-overhead. Compiling is in the first call alone; it starts from no cache. `fp8` rounds the linear layers of all blocks
+once (`freeze_in_fp8`).
 """
 
 from collections.abc import Callable
+from time import perf_counter
 
 import torch
+import torch._inductor.config
 from harness import DEVICE, command_line, end_without_inputs, report, time_in_turn
 from identity_forms import added_out_of_place, attach_ip_adapter
 from torch import Tensor, nn
 
 from omniid.config import ConfigError, load_preset
 from omniid.errors import OmniIDError
+from omniid.generate.compilation import compile_transformer
 from omniid.models.flux import PIXELS_PER_TOKEN, TextEmbedding, base_without_weights, layout_of, predict_velocity
 from omniid.models.fp8 import check_fp8_device, freeze_in_fp8
 from omniid.models.identity_adapter import IdentityAdapter, IdentityUse, attach_identities
@@ -126,25 +131,41 @@ def forms(suffix: str, transformer: nn.Module) -> dict[str, Callable[[], Tensor]
     return {"base" + suffix: lambda: step(transformer), "with identity" + suffix: with_identity(transformer)}
 
 
+def compile_whole(transformer: nn.Module) -> None:
+    transformer.forward = torch.compile(transformer.forward)
+
+
+COMPILATIONS = {
+    ", compiled": lambda transformer: compile_transformer(transformer, "default"),
+    ", compiled whole": compile_whole,
+}
+if device == "cuda":
+    COMPILATIONS[", in CUDA graphs"] = lambda transformer: compile_transformer(transformer, "reduce-overhead")
+
+
 cases = forms("", base) | {
     "with identity, unfused, without cache": without_cache,
     "diffusers' own, double blocks only": diffusers_own(),
 }
 own_base = dict.fromkeys(cases, "base")
 for precision in ["", ", fp8"] if arguments.fp8 else [""]:
-    for compilation in ["", ", compiled"] if arguments.compile else [""]:
+    for compilation in ["", *COMPILATIONS] if arguments.compile else [""]:
         if not (suffix := precision + compilation):
             continue
         transformer = build(base.state_dict())
         if precision:
             freeze_in_fp8(transformer)
         if compilation:
-            transformer.compile_repeated_blocks()
+            COMPILATIONS[compilation](transformer)
         more = forms(suffix, transformer)
         cases, own_base = cases | more, own_base | dict.fromkeys(more, "base" + suffix)
 
-drawn = {name: case().float() for name, case in cases.items()}
-differences = {}
+torch._inductor.config.force_disable_caches = True
+drawn, first_seconds, differences = {}, {}, {}
+for name, case in cases.items():
+    start = perf_counter()
+    drawn[name] = case().float().cpu()
+    first_seconds[name] = perf_counter() - start
 for name, velocity in drawn.items():
     exact = drawn["base" if name.startswith("base") else "with identity"]
     differences[name] = float((velocity - exact).norm() / exact.norm())
@@ -159,6 +180,7 @@ rows = [
     {"form": name, **t}
     | {"of its base": t["median_ms"] / times[own_base[name]]["median_ms"]}
     | {"of base": t["median_ms"] / times["base"]["median_ms"], "differs by": differences[name]}
+    | {"first call s": first_seconds[name]}
     for name, t in times.items()
 ]
 report(

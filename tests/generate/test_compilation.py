@@ -1,11 +1,15 @@
 """A compiled transformer draws the same people, is compiled once for all of them, and refuses what cannot be."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from omniid.generate import GenerateError, load_generator
 from omniid.generate.compilation import check_compile, compile_transformer
+from omniid.models.flux import embed_text, predict_velocity
+from omniid.models.mini_base import build_base
 
 
 def pixels(images) -> np.ndarray:
@@ -13,13 +17,15 @@ def pixels(images) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_one_compilation_serves_all_people_and_strengths(drawing_weights, generator, make_person):
+@pytest.mark.parametrize(
+    "mode", ["default", "reduce-overhead"]
+)  # the second for its hooks: the backend records no graph
+def test_one_compilation_serves_all_people_and_strengths(drawing_weights, generator, make_person, mode):
     from torch._dynamo.testing import CompileCounter
 
     compiled, counter = load_generator(drawing_weights), CompileCounter()
     torch.compiler.reset()
-    # A mode with CUDA graphs, to have its hooks; the backend here records none.
-    compile_transformer(compiled.pipeline.transformer, "reduce-overhead", backend=counter)
+    compile_transformer(compiled.pipeline.transformer, mode, backend=counter)
     settings = [
         {"identity": make_person(0), "id_guidance": 2.0},
         {"identity": make_person(1), "seed": 3, "id_scale": 0.7},
@@ -33,6 +39,24 @@ def test_one_compilation_serves_all_people_and_strengths(drawing_weights, genera
         counts.append(counter.frame_count)
     assert counts[0] > 0 and counts[-1] == counts[1]  # the second strength makes strength a variable
     torch.compiler.reset()
+
+
+def test_more_blocks_are_not_compiled_anew(tiny):
+    from torch._dynamo.testing import CompileCounter
+
+    def count(num_blocks: int) -> int:
+        torch.compiler.reset()
+        sizes = dataclasses.replace(tiny.base.sizes, num_double_blocks=num_blocks, num_single_blocks=num_blocks)
+        pipeline, counter = build_base(sizes, 24, ["photo"], seed=0), CompileCounter()
+        compile_transformer(pipeline.transformer, "default", backend=counter)
+        with torch.no_grad():
+            text = embed_text(pipeline, ["photo"], 24)
+            latents, time, guidance = torch.zeros(1, 16, 4, 4), torch.tensor([0.5]), torch.tensor([3.5])
+            predict_velocity(pipeline.transformer, latents, time, text, guidance)
+        torch.compiler.reset()
+        return counter.frame_count
+
+    assert count(2) == count(5) > 0
 
 
 @pytest.mark.parametrize(
