@@ -1,5 +1,6 @@
 """Re-rendered people: the fit finds known heads, records are the same after a kill, held-out people stay apart."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from omniid.data.rerender import RerenderError, Wish, load_face_model, write_rerendered
+from omniid.data.rerender import RerenderError, Wish, load_face_model, render, write_rerendered
 from omniid.data.rerender.dataset import draw_recipes, plan_identities
+from omniid.data.rerender.eyes import EYE_SIZE
 from omniid.data.rerender.fit import Camera, fit_person
+from omniid.data.rerender.likeness import Likeness
 from omniid.data.rerender.matte import fill
-from omniid.data.synthetic import CAPTION_WORDS
+from omniid.data.rerender.texture import TILE
+from omniid.data.synthetic import CAPTION_WORDS, View
 
 DATA = Path(os.environ.get("OMNIID_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_model = pytest.mark.skipif(
@@ -76,6 +80,27 @@ def test_landmarks_of_no_head_are_refused() -> None:
         fit_person(model, [np.random.default_rng(0).uniform(0, 500, (478, 2))])
     with pytest.raises(RerenderError, match="468 or 478"):
         fit_person(model, [np.zeros((68, 2))])
+
+
+@needs_model
+@pytest.mark.parametrize("seed", range(3))
+def test_no_eye_shows_through_closed_lids(seed: int) -> None:
+    model = load_face_model(DATA / "face_model")
+    rng = np.random.default_rng(seed)
+    still = np.zeros_like(model.neutral)
+    skin = np.full((TILE, 2 * TILE, 4), (200, 160, 140, 255), np.uint8)
+
+    def picture(expression: str, strength: float, eye: int) -> np.ndarray:
+        eyes = np.full((2, EYE_SIZE, EYE_SIZE, 3), eye, np.uint8)
+        person = Likeness("somebody", identity, still, still, skin, eyes, None)
+        view = View.sample(seed, 36.0)
+        view = dataclasses.replace(view, expression=expression, strength=strength, gaze=(8.0, 12.0))
+        return render(model, person, view, 96).image
+
+    identity = rng.standard_normal(len(model.identity)).astype(np.float32)
+    for strength in (0.6, 1.0):
+        np.testing.assert_array_equal(picture("closed eyes", strength, 0), picture("closed eyes", strength, 255))
+    assert (picture("neutral", 1.0, 0) != picture("neutral", 1.0, 255)).any()
 
 
 @needs_photos

@@ -31,7 +31,12 @@ _FULL_TURN = 35.0  # degrees of gaze that a unit of looking stands for
 
 
 def expression_weights(name: str, strength: float, gaze: tuple[float, float]) -> dict[str, float]:
-    """Weights by unit of an expression, with the lids following a gaze in degrees to the person's left and up."""
+    """Weights by unit of an expression, with open lids following a gaze in degrees to the person's left and up.
+
+    Eyes are closed whatever the strength: lids move on straight lines, and half way these cut through the eyeball.
+    """
+    if name == "closed eyes":
+        return dict(UNITS[name])
     weights = {unit: weight * strength for unit, weight in UNITS[name].items()}
     left, up = (max(-1.0, min(1.0, angle / _FULL_TURN)) for angle in gaze)
     weights |= _both("eyeLookUp" if up > 0 else "eyeLookDown", abs(up))

@@ -31,9 +31,10 @@ from .texture import TILE, Unwrap, unwrap
 
 _EXPOSURE = 0.85  # textures hold what the photo's light, about 1, made of the skin
 # Soft: textures keep some of the photo's own shading and highlights, to which this light adds.
-_KEY = 0.75  # of the view's main light
-_FILL = 0.4  # added to the surroundings
-_WRAP = np.array([0.80, 0.70, 0.65], dtype=np.float32)
+_KEY = 0.65  # of the view's main light
+_FILL = 0.47  # added to the surroundings
+_WRAP = np.array([1.0, 0.92, 0.88], dtype=np.float32)
+_SUNK = 0.5  # dm that eyeballs go back behind closed lids, which some people's would pierce: into the head
 _INSIDES = {  # linear albedo, share of the surroundings that it sees
     MOUTH: ((0.10, 0.02, 0.02), 0.30),
     SOCKET: ((0.08, 0.03, 0.03), 0.30),
@@ -56,6 +57,8 @@ def render(model: FaceModel, person: Likeness, view: View, size: int = 256, alig
         raise RerenderError(f"distance is {view.distance} dm, expected at least 4: the camera would be inside the head")
     rest = person.head(model)
     bare = model.expressed(rest, expression_weights(view.expression, view.strength, view.gaze))
+    if view.expression == "closed eyes":
+        bare[model.eye_vertices > 0, 2] -= _SUNK
     rotation = head_rotation(view)
     posed = pose(bare + person.scalp, rotation)
     # Landmarks belong to the head, not to the hair that may stand over the line of the jaw.
@@ -126,9 +129,8 @@ def _shade(
     sampled = sample_texture(person.linear_texture, places)
     albedo, skin = np.ascontiguousarray(sampled[:, :3]), sampled[:, 3]
     is_face = (materials != SKIN) | ((skin > 0.5) & (sample_texture(face_region(model), places)[:, 0] > 0.5))
-    shut = UNITS[view.expression].get("eyeBlink_L", 0) * view.strength
-    if shut > 0:
-        _shut_lids(model, person, places, materials, albedo, shut)
+    if view.expression == "closed eyes":
+        _shut_lids(model, person, places, materials, albedo)
     gloss = np.where(materials == SKIN, 0.012 + 0.012 * skin, 0.05).astype(np.float32)
     sharpness, occlusion = np.full(len(values), 18, dtype=np.float32), np.ones(len(values), dtype=np.float32)
     for material, (colour, share) in _INSIDES.items():
@@ -153,7 +155,7 @@ def _shade(
 
 
 def _shut_lids(
-    model: FaceModel, person: Likeness, places: np.ndarray, materials: np.ndarray, albedo: np.ndarray, shut: float
+    model: FaceModel, person: Likeness, places: np.ndarray, materials: np.ndarray, albedo: np.ndarray
 ) -> None:
     """Paints lids over what the photo has there: with open eyes a lid is folded away and lashes lie over it."""
     region = lid_region(model)
@@ -161,7 +163,7 @@ def _shut_lids(
     around = (region[..., 0] > 0.02) & (region[..., 0] < 0.15)
     tone = np.percentile(person.linear_texture[around][:, :3], 70, axis=0) * [0.92, 0.84, 0.80]
     at = np.flatnonzero(lid > 0.02)
-    share = smoothstep(0.05, 0.35, lid[at])[:, None] * min(1.0, 1.5 * shut)
+    share = smoothstep(0.05, 0.35, lid[at])[:, None]
     lashes = 1 - 0.75 * smoothstep(0.93, 0.99, lid[at])[:, None]
     albedo[at] += (tone.astype(np.float32) * lashes - albedo[at]) * share
 
