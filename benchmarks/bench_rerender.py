@@ -2,7 +2,7 @@
 
 Each person is made from one photo alone; its renders at random poses, expressions and lights are compared with the
 person's other photo (same) and with other people's (different). Blends are compared with their parents and with each
-other. `omniid bench rerender -- DATA` reads DATA/london, DATA/face_model, DATA/landmarks and DATA/recognizer
+other. `omniid bench rerender -- --data DATA` reads DATA/london, DATA/face_model, DATA/landmarks and DATA/recognizer
 (docs/rerender.md); it needs onnxruntime and ai-edge-litert.
 """
 
@@ -58,7 +58,7 @@ def five_of_photo(points: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = command_line()
-    parser.add_argument("data", type=Path, nargs="?", default=data_folder())
+    parser.add_argument("--data", type=Path, default=data_folder())
     parser.add_argument("--people", type=int, default=58)
     parser.add_argument("--views", type=int, default=6)
     parser.add_argument("--yaw-range", type=float, default=36.0)
