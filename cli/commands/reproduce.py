@@ -41,7 +41,7 @@ NAMES = ("table1", "table2", "table3", "fig9", "fig10")
     default=1.0,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
-    help="Share of the preset's steps; below 1 the report says that it is a smoke run.",
+    help="Share of the preset's steps; below 1 the report says so, below .1 that it is a smoke run.",
 )
 @click.option(
     "--set",

@@ -14,16 +14,15 @@ HIGHER_IS_BETTER = {"id similarity": True, "pose error": False}
 NUM_INPUTS_SHOWN = 3
 """Photos that the pictures in a report are drawn from, where the table has that many."""
 
+SMOKE_SHARE = 0.1
+"""Of the preset's steps: below it nothing is learned that could be compared."""
+
 
 def markdown(result: Result, pictures: Sequence[str]) -> str:
     """The report's text. pictures: names of picture files beside it."""
     table, about = result.table, result.about
     parts = [f"# {table.title}, preset {about['preset']}", _setting(result)]
-    if about["share_of_steps"] < 1:
-        parts.append(
-            f"**Smoke run, not a result:** trained for {about['share_of_steps']:.2g} of the preset's steps. It shows that the "
-            "path works; its numbers mean nothing."
-        )
+    parts.append(_caution(about["share_of_steps"]))
     parts += [_numbers(result, metric, by) for metric, by in result.measured()]
     notes = [*table.notes, *(f"{one.row.label}: {one.row.note}." for one in result.rows if one.row.note)]
     parts.append("\n".join(f"* {note}" for note in notes))
@@ -43,6 +42,15 @@ def _setting(result: Result) -> str:
         f"`{about['command']}` on {about['num_people']} held-out people of `{about['data']}` with {targets} each, {seeds} of "
         f"training. Similarity is a recogniser's cosine between picture and photo; of the photos themselves it says, {photos}."
     )
+
+
+def _caution(share: float) -> str:
+    if share >= 1:
+        return ""
+    steps = f"trained for {share:.2g} of the preset's steps"
+    if share < SMOKE_SHARE:
+        return f"**Smoke run, not a result:** {steps}. It shows that the path works; its numbers mean nothing."
+    return f"**Reduced run:** {steps}. What the others would change is not known."
 
 
 def _counted(number: int, what: str) -> str:

@@ -18,7 +18,7 @@ UNITS: dict[str, dict[str, float]] = {
         "jawOpen": 0.22,
     },
     "open mouth": {"jawOpen": 0.45},
-    "closed eyes": _both("eyeBlink", 1.0),
+    "closed eyes": _both("eyeBlink", 1.1),  # narrows the gap that stays beside some people's noses
     "surprised": {**_both("browInnerUp", 0.8), **_both("browOuterUp", 0.7), **_both("eyeWide", 0.7), "jawOpen": 0.3},
     "frowning": {**_both("browDown", 0.9), **_both("mouthFrown", 0.6), **_both("noseSneer", 0.25)},
     "sad": {**_both("browInnerUp", 0.9), **_both("mouthFrown", 0.7), **_both("eyeSquint", 0.25)},

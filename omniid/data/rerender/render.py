@@ -31,8 +31,8 @@ from .texture import TILE, Unwrap, unwrap
 
 _EXPOSURE = 0.85  # textures hold what the photo's light, about 1, made of the skin
 # Soft: textures keep some of the photo's own shading and highlights, to which this light adds.
-_KEY = 0.65  # of the view's main light
-_FILL = 0.47  # added to the surroundings
+_KEY = 0.6  # of the view's main light
+_FILL = 0.51  # added to the surroundings
 _WRAP = np.array([1.0, 0.92, 0.88], dtype=np.float32)
 _SUNK = 0.5  # dm that eyeballs go back behind closed lids, which some people's would pierce: into the head
 _INSIDES = {  # linear albedo, share of the surroundings that it sees
@@ -161,10 +161,10 @@ def _shut_lids(
     region = lid_region(model)
     lid = sample_texture(region, places)[:, 0] * (materials == SKIN)
     around = (region[..., 0] > 0.02) & (region[..., 0] < 0.15)
-    tone = np.percentile(person.linear_texture[around][:, :3], 70, axis=0) * [0.92, 0.84, 0.80]
+    tone = np.median(person.linear_texture[around][:, :3], axis=0) * [1.0, 0.96, 0.94]
     at = np.flatnonzero(lid > 0.02)
     share = smoothstep(0.05, 0.35, lid[at])[:, None]
-    lashes = 1 - 0.75 * smoothstep(0.93, 0.99, lid[at])[:, None]
+    lashes = 1 - 0.9 * smoothstep(0.93, 0.99, lid[at])[:, None]
     albedo[at] += (tone.astype(np.float32) * lashes - albedo[at]) * share
 
 
