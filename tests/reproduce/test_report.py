@@ -65,3 +65,5 @@ def test_shortened_runs_are_no_results_and_figures_expect_a_rise(result_of, tmp_
     assert "**Smoke run, not a result:** trained for 0.01 of the preset's steps" in text
     assert "id similarity by dlib, 1 photo: of 3 orderings of the paper 2 hold, 1 are reversed" in text
     assert (tmp_path / "out" / "fig9_mini_curve.png").is_file()
+    half = write(result_of(table1(load_preset("mini"), False), [0.5, 0.4, 0.6, 0.7, 0.8], share=0.5), tmp_path / "half")
+    assert "**Reduced run:** trained for 0.5 of the preset's steps" in half.read_text()
