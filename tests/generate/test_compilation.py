@@ -16,10 +16,9 @@ def pixels(images) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
+# reduce-overhead for its hooks: the backend here records no CUDA graph.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mode", ["default", "reduce-overhead"]
-)  # the second for its hooks: the backend records no graph
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_one_compilation_serves_all_people_and_strengths(drawing_weights, generator, make_person, mode):
     from torch._dynamo.testing import CompileCounter
 
@@ -41,6 +40,7 @@ def test_one_compilation_serves_all_people_and_strengths(drawing_weights, genera
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_more_blocks_are_not_compiled_anew(tiny):
     from torch._dynamo.testing import CompileCounter
 
