@@ -32,7 +32,7 @@ def test_the_reduced_table_gives_the_numbers_of_its_log(tables, tmp_path, monkey
     monkeypatch.setattr(generation, "see_faces", no_faces)
     table, lab = tables("table1")
     result = reproduce(table, lab, num_people=4, num_targets=1, recognisers=["dlib"], backend="offline")
-    assert "Smoke run" in write(result, tmp_path / "out").read_text()
+    assert "Reduced run" in write(result, tmp_path / "out").read_text()
     log = json.loads(LOG.read_text())
     for row in table.rows:
         assert losses(lab.folder(row.training, 0)) == pytest.approx(log["losses"][row.label], rel=LOSS_TOLERANCE)
