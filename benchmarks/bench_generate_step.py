@@ -2,10 +2,9 @@
 
 Weights are random and the same for every form: time does not depend on what was learned. `without cache` projects the
 identity's keys and values anew in every step and adds to a copy of the output; `diffusers' own` is the IP-Adapter processor of
-the installed diffusers (double blocks only, keys and values projected in every step). `compiled` is torch.compile of the
-repeated blocks, as `omniid generate --compile default` does it, `compiled whole` of the forward pass, `in CUDA graphs` of it in
-mode reduce-overhead. Compiling is in the first call alone; it starts from no cache. `fp8` rounds the linear layers of all blocks
-once (`freeze_in_fp8`).
+the installed diffusers (double blocks only, keys and values projected in every step). `compiled`, `blocks compiled` and `in CUDA
+graphs` are `omniid generate --compile` with default, blocks and reduce-overhead. Compiling is in the first call alone; it starts
+from no cache. `fp8` rounds the linear layers of all blocks once (`freeze_in_fp8`).
 """
 
 from collections.abc import Callable
@@ -131,16 +130,9 @@ def forms(suffix: str, transformer: nn.Module) -> dict[str, Callable[[], Tensor]
     return {"base" + suffix: lambda: step(transformer), "with identity" + suffix: with_identity(transformer)}
 
 
-def compile_whole(transformer: nn.Module) -> None:
-    transformer.forward = torch.compile(transformer.forward)
-
-
-COMPILATIONS = {
-    ", compiled": lambda transformer: compile_transformer(transformer, "default"),
-    ", compiled whole": compile_whole,
-}
+COMPILATIONS = {", compiled": "default", ", blocks compiled": "blocks"}
 if device == "cuda":
-    COMPILATIONS[", in CUDA graphs"] = lambda transformer: compile_transformer(transformer, "reduce-overhead")
+    COMPILATIONS[", in CUDA graphs"] = "reduce-overhead"
 
 
 cases = forms("", base) | {
@@ -156,7 +148,7 @@ for precision in ["", ", fp8"] if arguments.fp8 else [""]:
         if precision:
             freeze_in_fp8(transformer)
         if compilation:
-            COMPILATIONS[compilation](transformer)
+            compile_transformer(transformer, COMPILATIONS[compilation])
         more = forms(suffix, transformer)
         cases, own_base = cases | more, own_base | dict.fromkeys(more, "base" + suffix)
 

@@ -129,7 +129,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--compile",
     "compile_mode",
-    type=click.Choice(["default", "reduce-overhead", "max-autotune"]),
+    type=click.Choice(["default", "blocks", "reduce-overhead", "max-autotune"]),
     help="torch.compile the transformer: the first picture waits, the others are faster. The last two use CUDA graphs.",
 )
 @click.option("--tiling", is_flag=True, help="Decode large pictures in tiles: less memory.")

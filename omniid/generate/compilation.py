@@ -1,7 +1,9 @@
 """The base's transformer through torch.compile, in CUDA graphs where the mode has them: `omniid generate --compile`.
 
-    default           kernels fused by Inductor, block by block: all blocks of a kind are compiled once
-    reduce-overhead   a whole step, recorded in CUDA graphs, which takes Python and launches out of it
+    default           kernels fused by Inductor
+    blocks            the same block by block: all of a kind are compiled once, so the first picture of a large base waits less;
+                      Python between the blocks costs a small base more than that is worth
+    reduce-overhead   default recorded in CUDA graphs, which takes Python and launches out of a step
     max-autotune      in CUDA graphs too, with the tiles of matrix products chosen by trying them (minutes)
 
 The first picture pays for compiling; other people, seeds, prompts and strengths reuse it. Pictures equal those without to
@@ -13,7 +15,7 @@ from torch import nn
 
 from omniid.generate.errors import GenerateError
 
-MODES = ("default", "reduce-overhead", "max-autotune")
+MODES = ("default", "blocks", "reduce-overhead", "max-autotune")
 WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
@@ -31,11 +33,12 @@ def check_compile(mode: str, device: torch.device, offload: str) -> None:
 
 def compile_transformer(transformer: nn.Module, mode: str, backend: str = "inductor") -> None:
     """Compiles in place: the blocks, or the forward pass; hooks, such as those of attached identities, stay outside."""
-    if mode not in WITH_CUDA_GRAPHS:
+    if mode == "blocks":
         transformer.compile_repeated_blocks(backend=backend)
         return
     options = {"mode": mode} if backend == "inductor" else {}
     transformer.forward = torch.compile(transformer.forward, backend=backend, **options)
-    transformer.register_forward_pre_hook(lambda module, args: torch.compiler.cudagraph_mark_step_begin())
-    # The next pass overwrites a graph's output, and guidance looks at the outputs of two passes.
-    transformer.register_forward_hook(lambda module, args, output: tuple(one.clone() for one in output))
+    if mode in WITH_CUDA_GRAPHS:
+        transformer.register_forward_pre_hook(lambda module, args: torch.compiler.cudagraph_mark_step_begin())
+        # The next pass overwrites a graph's output, and guidance looks at the outputs of two passes.
+        transformer.register_forward_hook(lambda module, args, output: tuple(one.clone() for one in output))

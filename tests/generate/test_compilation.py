@@ -18,7 +18,7 @@ def pixels(images) -> np.ndarray:
 
 # reduce-overhead for its hooks: the backend here records no CUDA graph.
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("mode", ["blocks", "reduce-overhead"])
 def test_one_compilation_serves_all_people_and_strengths(drawing_weights, generator, make_person, mode):
     from torch._dynamo.testing import CompileCounter
 
@@ -48,7 +48,7 @@ def test_more_blocks_are_not_compiled_anew(tiny):
         torch.compiler.reset()
         sizes = dataclasses.replace(tiny.base.sizes, num_double_blocks=num_blocks, num_single_blocks=num_blocks)
         pipeline, counter = build_base(sizes, 24, ["photo"], seed=0), CompileCounter()
-        compile_transformer(pipeline.transformer, "default", backend=counter)
+        compile_transformer(pipeline.transformer, "blocks", backend=counter)
         with torch.no_grad():
             text = embed_text(pipeline, ["photo"], 24)
             latents, time, guidance = torch.zeros(1, 16, 4, 4), torch.tensor([0.5]), torch.tensor([3.5])
@@ -62,7 +62,12 @@ def test_more_blocks_are_not_compiled_anew(tiny):
 @pytest.mark.parametrize(
     ("mode", "device", "offload", "words"),
     [
-        ("fast", "cpu", "none", "'fast' is no way to compile; use one of: default, reduce-overhead, max-autotune"),
+        (
+            "fast",
+            "cpu",
+            "none",
+            "'fast' is no way to compile; use one of: default, blocks, reduce-overhead, max-autotune",
+        ),
         ("reduce-overhead", "cpu", "none", "records CUDA graphs, and this runs on cpu; use default"),
         ("max-autotune", "cuda", "model", "does not go with --offload model; use --compile default, or"),
         ("default", "cuda", "sequential", "does not go with --offload sequential; leave one of them out"),
@@ -76,4 +81,5 @@ def test_what_cannot_be_compiled(mode, device, offload, words):
 def test_what_can_be_compiled():
     check_compile("default", torch.device("cpu"), "none")
     check_compile("default", torch.device("cuda"), "model")
+    check_compile("blocks", torch.device("cuda"), "model")
     check_compile("max-autotune", torch.device("cuda"), "none")
