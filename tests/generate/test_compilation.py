@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from omniid.cli.commands.generate import generate
 from omniid.generate import GenerateError, load_generator
-from omniid.generate.compilation import check_compile, compile_transformer
+from omniid.generate.compilation import MODES, check_compile, compile_transformer
 from omniid.models.flux import embed_text, predict_velocity
 from omniid.models.mini_base import build_base
 
@@ -83,3 +84,8 @@ def test_what_can_be_compiled():
     check_compile("default", torch.device("cuda"), "model")
     check_compile("blocks", torch.device("cuda"), "model")
     check_compile("max-autotune", torch.device("cuda"), "none")
+
+
+def test_the_command_offers_every_mode():
+    option = next(one for one in generate.params if one.name == "compile_mode")
+    assert tuple(option.type.choices) == MODES

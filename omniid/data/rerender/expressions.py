@@ -7,6 +7,8 @@ def _both(unit: str, weight: float) -> dict[str, float]:
     return {f"{unit}_L": weight, f"{unit}_R": weight}
 
 
+CLOSED_EYES = "closed eyes"
+
 UNITS: dict[str, dict[str, float]] = {
     "neutral": {},
     "smiling": {**_both("mouthSmile", 0.7), **_both("cheekSquint", 0.5), **_both("eyeSquint", 0.2)},
@@ -18,7 +20,7 @@ UNITS: dict[str, dict[str, float]] = {
         "jawOpen": 0.22,
     },
     "open mouth": {"jawOpen": 0.45},
-    "closed eyes": _both("eyeBlink", 1.1),  # narrows the gap that stays beside some people's noses
+    CLOSED_EYES: _both("eyeBlink", 1.1),  # narrows the gap that stays beside some people's noses
     "surprised": {**_both("browInnerUp", 0.8), **_both("browOuterUp", 0.7), **_both("eyeWide", 0.7), "jawOpen": 0.3},
     "frowning": {**_both("browDown", 0.9), **_both("mouthFrown", 0.6), **_both("noseSneer", 0.25)},
     "sad": {**_both("browInnerUp", 0.9), **_both("mouthFrown", 0.7), **_both("eyeSquint", 0.25)},
@@ -35,7 +37,7 @@ def expression_weights(name: str, strength: float, gaze: tuple[float, float]) ->
 
     Eyes are closed whatever the strength: lids move on straight lines, and half way these cut through the eyeball.
     """
-    if name == "closed eyes":
+    if name == CLOSED_EYES:
         return dict(UNITS[name])
     weights = {unit: weight * strength for unit, weight in UNITS[name].items()}
     left, up = (max(-1.0, min(1.0, angle / _FULL_TURN)) for angle in gaze)

@@ -23,7 +23,7 @@ from omniid.kernels.sample_texture import sample_texture
 from omniid.kernels.vertex_normals import vertex_normals
 
 from .errors import RerenderError
-from .expressions import UNITS, expression_weights
+from .expressions import CLOSED_EYES, UNITS, expression_weights
 from .eyes import EYE_SIZE, EYE_SPAN
 from .face_model import EYE, GUMS, MOUTH, SKIN, SOCKET, TEETH, FaceModel
 from .likeness import Likeness
@@ -57,7 +57,7 @@ def render(model: FaceModel, person: Likeness, view: View, size: int = 256, alig
         raise RerenderError(f"distance is {view.distance} dm, expected at least 4: the camera would be inside the head")
     rest = person.head(model)
     bare = model.expressed(rest, expression_weights(view.expression, view.strength, view.gaze))
-    if view.expression == "closed eyes":
+    if view.expression == CLOSED_EYES:
         bare[model.eye_vertices > 0, 2] -= _SUNK
     rotation = head_rotation(view)
     posed = pose(bare + person.scalp, rotation)
@@ -129,7 +129,7 @@ def _shade(
     sampled = sample_texture(person.linear_texture, places)
     albedo, skin = np.ascontiguousarray(sampled[:, :3]), sampled[:, 3]
     is_face = (materials != SKIN) | ((skin > 0.5) & (sample_texture(face_region(model), places)[:, 0] > 0.5))
-    if view.expression == "closed eyes":
+    if view.expression == CLOSED_EYES:
         _shut_lids(model, person, places, materials, albedo)
     gloss = np.where(materials == SKIN, 0.012 + 0.012 * skin, 0.05).astype(np.float32)
     sharpness, occlusion = np.full(len(values), 18, dtype=np.float32), np.ones(len(values), dtype=np.float32)
