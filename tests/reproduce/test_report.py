@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from omniid.config import load_preset
+from omniid.reproduce.curve import curve
 from omniid.reproduce.fig9 import table as fig9
 from omniid.reproduce.lab import Trained
 from omniid.reproduce.result import Result, RowResult
@@ -67,3 +68,18 @@ def test_shortened_runs_are_no_results_and_figures_expect_a_rise(result_of, tmp_
     assert (tmp_path / "out" / "fig9_mini_curve.png").is_file()
     half = write(result_of(table1(load_preset("mini"), False), [0.5, 0.4, 0.6, 0.7, 0.8], share=0.5), tmp_path / "half")
     assert "**Reduced run:** trained for 0.5 of the preset's steps" in half.read_text()
+
+
+def test_each_recogniser_has_a_panel_of_the_curve_with_its_own_scale(result_of):
+    result = result_of(fig9(load_preset("mini"), False), [0.4, 0.5, 0.6, 0.5])
+    for one in result.rows:
+        values = one.scores[0].per_person
+        for n in result.table.num_inputs:
+            values["id similarity", "other", n] = 0.1 * values["id similarity", "dlib", n]
+        values["different people", "dlib", OF_PHOTOS] = np.full(16, 0.3)
+    left, right = curve(result).axes
+    assert (left.get_title(), right.get_title()) == ("dlib", "other")
+    assert left.get_ylim()[0] < 0.3 and left.get_ylim()[1] > 0.6 > 0.1 > right.get_ylim()[1]
+    drawn = ["1 photo", "3 photos"]
+    assert left.get_legend_handles_labels()[1] == ["photos of different people", *drawn]
+    assert right.get_legend_handles_labels()[1] == drawn
