@@ -130,7 +130,8 @@ _PATH = click.Path(path_type=Path)
     "--compile",
     "compile_mode",
     type=click.Choice(["default", "blocks", "reduce-overhead", "max-autotune"]),
-    help="torch.compile the transformer: the first picture waits, the others are faster. The last two use CUDA graphs.",
+    help="torch.compile the transformer, or each kind of its blocks once: the first picture waits, the others are faster. The "
+    "last two use CUDA graphs.",
 )
 @click.option("--tiling", is_flag=True, help="Decode large pictures in tiles: less memory.")
 @click.option(

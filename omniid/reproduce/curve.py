@@ -27,13 +27,10 @@ def curve(result: Result) -> "Plot":
             spans = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
             label = f"{n} photo{'s' * (n > 1)}"
             axes.errorbar(rows, [p.value for p in points], spans, marker="o", capsize=3, label=label)
-        if by in strangers:
-            axes.axhline(strangers[by], color="gray", linestyle=":", label="photos of different people")
+        axes.axhline(strangers[by], color="gray", linestyle=":", label="photos of different people")
         axes.set(ylabel=metric, title=by)
         axes.grid(alpha=0.3)
-    shown = [axes.get_legend_handles_labels() for axes in plot.axes]
-    names = {name: handle for handles, labels in shown for handle, name in zip(handles, labels, strict=True)}
-    plot.legend(names.values(), names.keys(), loc="outside lower center", ncols=len(names), frameon=False)
+    plot.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return plot
 
 

@@ -40,8 +40,14 @@ def _setting(result: Result) -> str:
     targets, seeds = (_counted(about[name], what) for name, what in (("num_targets", "target"), ("num_seeds", "seed")))
     return (
         f"`{about['command']}` on {about['num_people']} held-out people of `{about['data']}` with {targets} each, {seeds} of "
-        f"training. Similarity is a recogniser's cosine between picture and photo; of the photos themselves it says, {photos}."
+        f"training, drawn by base {_short(about['base'])}. Similarity is a recogniser's cosine between picture and photo; of the "
+        f"photos themselves it says, {photos}."
     )
+
+
+def _short(base: str) -> str:
+    """The start of a fingerprint, or a base's own name."""
+    return base[:12] if len(base) == 64 else base
 
 
 def _caution(share: float) -> str:

@@ -128,6 +128,7 @@ def reproduce(
         judging=judging,
         num_inputs=table.num_inputs,
         is_controlled=table.is_controlled,
+        drawing=settings.base,
         data=data,
         say=lab.say,
     )
@@ -144,6 +145,7 @@ def reproduce(
         "preset": settings.name,
         "data": lab.data["main"].name,
         "data_fingerprint": data,
+        "base": settings.base.path if lab.base is None else lab.fingerprint(lab.base),
         "num_people": len(people.names),
         "num_targets": num_targets,
         "num_seeds": num_seeds,

@@ -1,5 +1,6 @@
 """Scores of trained weights on held-out people, kept beside the weights."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from omniid.config import load_preset
+from omniid.config import BaseConfig
 from omniid.evaluate.drawing import Drawn, draw_people, draw_poses
 from omniid.evaluate.figure import Context, weights_fingerprint
 from omniid.evaluate.generation import KnownPeople, measure, photo_figures
@@ -55,6 +56,8 @@ class Judge:
     judging: Judging
     num_inputs: tuple[int, ...]
     is_controlled: bool
+    drawing: BaseConfig
+    """How pictures are drawn: of the settings now, which may differ from those beside weights that were trained before."""
     data: str
     """Fingerprint of the records that the people are from."""
     say: Callable[[str], None]
@@ -74,11 +77,12 @@ class Judge:
     def measure(self, weights: Path, seed: int) -> None:
         """Leaves the scores beside the weights."""
         from omniid.generate import load_generator
+        from omniid.generate.loading import defaults_of
 
         folder = self._folder(weights, seed)
         folder.mkdir(parents=True, exist_ok=True)
         encoder, generator = load_encoder(weights), load_generator(weights)
-        preset = load_preset(weights / "preset.toml")
+        generator.defaults = defaults_of(self.drawing)
         people, num_targets, fingerprint = self.people, self.judging.num_targets, self._fingerprint(weights)
         known = [KnownPeople.of(load_recogniser(name), people) for name in self.judging.recognisers]
         context = Context(weights=fingerprint, seed=seed, num_samples=num_targets)
@@ -87,8 +91,8 @@ class Judge:
         for count in self.num_inputs:
             self.say(f"{weights.parent.name}: {len(people.names)} people from {count} photo{'s' * (count > 1)}")
             identities = identities_of(encoder, encode_people(encoder, people, count), count)
-            drawn = _draw(generator, identities, people, preset.base.prompt, num_targets, self.is_controlled, seed)
-            is_small = preset.base.path == "embedded"
+            drawn = _draw(generator, identities, people, self.drawing.prompt, num_targets, self.is_controlled, seed)
+            is_small = self.drawing.path == "embedded"
             figures += measure(drawn, people, known, context, is_small, self.judging.backend)
             sets.append(drawn.pictures)
         _save_pictures(folder, people, sets)
@@ -102,7 +106,7 @@ class Judge:
     def _folder(self, weights: Path, seed: int) -> Path:
         judging = self.judging
         settings = [self._fingerprint(weights), self.data, judging.num_people, judging.num_targets, judging.recognisers]
-        settings += [judging.backend, self.num_inputs, self.is_controlled, seed]
+        settings += [judging.backend, self.num_inputs, self.is_controlled, seed, dataclasses.asdict(self.drawing)]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         return weights.parent / f"scores-{key}"
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from omniid.config import Preset, preset_to_toml
@@ -41,3 +42,17 @@ def tables(tiny_preset, records, drawing_weights, tmp_path):
         )
 
     return make
+
+
+@pytest.fixture
+def no_faces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Untrained models draw none, and to look for them would take most of the time."""
+    from omniid.evaluate import generation
+    from omniid.evaluate.seen_faces import SeenFaces
+
+    def see_faces(pictures, backend="offline", size=128):
+        n = len(pictures)
+        nothing = np.full((n, 3), np.nan), np.full((n, 66, 2), np.nan), np.zeros((n, size, size, 3), np.uint8)
+        return SeenFaces(backend, np.zeros(n, bool), *nothing)
+
+    monkeypatch.setattr(generation, "see_faces", see_faces)

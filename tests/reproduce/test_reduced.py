@@ -9,27 +9,16 @@ models lie close together; it is the losses that tell rows apart.
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from omniid.evaluate import generation
-from omniid.evaluate.seen_faces import SeenFaces
 from omniid.reproduce.run import reproduce, write
 
 LOG = Path(__file__).with_name("table1_reduced.json")
 LOSS_TOLERANCE, SIMILARITY_TOLERANCE = 2.5e-4, 1e-3
 
 
-def no_faces(pictures, backend="offline", size=128):
-    """The pictures hold none, and to look for them would take most of the time."""
-    count = len(pictures)
-    nothing = np.full((count, 3), np.nan), np.full((count, 66, 2), np.nan), np.zeros((count, size, size, 3), np.uint8)
-    return SeenFaces(backend, np.zeros(count, bool), *nothing)
-
-
 @pytest.mark.slow
-def test_the_reduced_table_gives_the_numbers_of_its_log(tables, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "see_faces", no_faces)
+def test_the_reduced_table_gives_the_numbers_of_its_log(tables, tmp_path, no_faces):
     table, lab = tables("table1")
     result = reproduce(table, lab, num_people=4, num_targets=1, recognisers=["dlib"], backend="offline")
     assert "Reduced run" in write(result, tmp_path / "out").read_text()

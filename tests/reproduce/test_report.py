@@ -15,6 +15,8 @@ from omniid.reproduce.run import write
 from omniid.reproduce.scores import OF_PHOTOS, Scores
 from omniid.reproduce.table1 import table as table1
 
+LEVELS = {"same person": 0.9, "different people": 0.3}
+
 
 @pytest.fixture
 def result_of(tmp_path):
@@ -25,15 +27,15 @@ def result_of(tmp_path):
     def make(table, levels, share=1.0):
         noise, rows = np.random.default_rng(0).normal(size=16) * 0.01, []
         for row, level in zip(table.rows, levels, strict=True):
-            values = {("same person", "dlib", OF_PHOTOS): np.full(16, 0.9)}
+            values = {(who, "dlib", OF_PHOTOS): np.full(16, x) for who, x in LEVELS.items()}
             for n in table.num_inputs:
                 values["id similarity", "dlib", n] = level + 0.01 * n + noise
                 values["pose error", "files", n] = 3 - level + noise
             rows.append(RowResult(row, [Scores("f" * 64, values, [strip])]))
         trained = Trained(key="k", weights=tmp_path, steps=5, seconds=1800.0)
         about = {
-            "command": "omniid reproduce x", "preset": "mini", "data": "people", "data_fingerprint": "d", "num_people": 16,
-            "num_targets": 2, "num_seeds": 1, "backend": "files", "device": "a CPU", "share_of_steps": share,
+            "command": "omniid reproduce x", "preset": "mini", "data": "people", "data_fingerprint": "d", "base": "b" * 64,
+            "num_people": 16, "num_targets": 2, "num_seeds": 1, "backend": "files", "device": "a CPU", "share_of_steps": share,
         }  # fmt: skip
         return Result(table, rows, {(one, 0): trained for one in table.trainings()}, about)
 
@@ -55,6 +57,7 @@ def test_a_report_sets_the_papers_numbers_beside_ours_and_draws_its_verdicts(res
     )
     assert "Omni-ID, more photos: of 2 orderings of the paper 2 hold" in text
     assert "of the photos themselves it says, dlib: same person 0.900" in text
+    assert "drawn by base bbbbbbbbbbbb." in text
     assert "one training seed" in text and "Smoke run" not in text and "Training took 3 hours on a CPU" in text
     rows = json.loads(report.with_suffix(".json").read_text())["rows"]
     assert len(rows) == 5 * 2 * 3 and rows[0]["paper"] == 0.515 and rows[0]["value"] == pytest.approx(0.51, abs=0.01)
@@ -76,10 +79,9 @@ def test_each_recogniser_has_a_panel_of_the_curve_with_its_own_scale(result_of):
         values = one.scores[0].per_person
         for n in result.table.num_inputs:
             values["id similarity", "other", n] = 0.1 * values["id similarity", "dlib", n]
-        values["different people", "dlib", OF_PHOTOS] = np.full(16, 0.3)
+        values["different people", "other", OF_PHOTOS] = np.full(16, 0.03)
     left, right = curve(result).axes
     assert (left.get_title(), right.get_title()) == ("dlib", "other")
     assert left.get_ylim()[0] < 0.3 and left.get_ylim()[1] > 0.6 > 0.1 > right.get_ylim()[1]
-    drawn = ["1 photo", "3 photos"]
-    assert left.get_legend_handles_labels()[1] == ["photos of different people", *drawn]
-    assert right.get_legend_handles_labels()[1] == drawn
+    for axes in (left, right):
+        assert axes.get_legend_handles_labels()[1] == ["photos of different people", "1 photo", "3 photos"]
